@@ -1,0 +1,107 @@
+"""What travels between data, trainers and models: frozen dataclasses of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffalign.randomness import Draw
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told about the prompts: named tensors with the batch first. Opaque to trainers.
+
+    Trainers may index it, repeat it and move it, nothing else.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
+        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows)
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def repeat(self, times: int) -> Conditioning:
+        """The whole batch `times` times over: rows 0..B-1, 0..B-1, ..."""
+        return Conditioning({n: t.repeat(times, *[1] * (t.ndim - 1)) for n, t in self.tensors.items()})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        """Moved to a device; floating-point tensors also cast to `dtype` if one is given."""
+        return Conditioning(
+            {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in self.tensors.items()}
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+        """Several batches as one."""
+        return Conditioning({n: torch.cat([p.tensors[n] for p in parts]) for n in parts[0].tensors})
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of the latents of images, both [B, C, ...], already shifted and scaled.
+
+    A latent is drawn as `mean + std * normal`; see spec of the autoencoder in `Policy.encode`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A batch of preference pairs, ready for a trainer.
+
+    Attributes:
+        conditioning: The prompts, B rows; a dropped caption is already the empty prompt's row.
+        chosen: Latents of the preferred images (x^w), [B, C, ...], scaled as the denoiser expects.
+        rejected: Latents of the other images (x^l), [B, C, ...].
+        weight: Weight of each pair in the loss, [B].
+        draws: Where each pair's random numbers come from, B entries.
+    """
+
+    conditioning: Conditioning
+    chosen: Tensor
+    rejected: Tensor
+    weight: Tensor
+    draws: tuple[Draw, ...]
+
+    def __len__(self) -> int:
+        return self.chosen.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
+        """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
+        return PairBatch(
+            self.conditioning.to(device, dtype),
+            self.chosen.to(device, dtype),
+            self.rejected.to(device, dtype),
+            self.weight.to(device),
+            self.draws,
+        )
+
+
+@dataclass(frozen=True)
+class NoisyStates:
+    """Pairs on the noise path: the two halves stacked, chosen first.
+
+    Attributes:
+        conditioning: 2B rows.
+        latents: Clean latents, [2B, C, ...].
+        noise: The Gaussian sample, [2B, C, ...].
+        timesteps: In the network's units, [2B].
+        noisy_latents: alpha * latents + sigma * noise, [2B, C, ...].
+        target: What the network should predict, [2B, C, ...].
+    """
+
+    conditioning: Conditioning
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    noisy_latents: Tensor
+    target: Tensor

@@ -1,0 +1,161 @@
+"""Checkpoints of a run: written whole or not at all, kept in number, refused for another configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or resumed; the message is for the user."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class CheckpointFolder:
+    """The checkpoints of one output folder, `checkpoint-<step>/`.
+
+    Args:
+        output_dir: The run's folder.
+        total_limit: How many to keep; None keeps all.
+    """
+
+    def __init__(self, output_dir: Path, total_limit: int | None = None) -> None:
+        self.output_dir = output_dir
+        self.total_limit = total_limit
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, rising."""
+        names = (_NAME.match(p.name) for p in self.output_dir.glob("checkpoint-*") if p.is_dir())
+        return sorted(int(m.group(1)) for m in names if m)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.output_dir / f"checkpoint-{step}"
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        save_weights: Callable[[Path], None],
+    ) -> Path:
+        """Writes a checkpoint under another name, renames it when it is complete, then drops the oldest.
+
+        Args:
+            step: Optimizer steps done.
+            state: Everything to go on with, tensors included; read back by `load`.
+            settings: The configuration it belongs to.
+            save_weights: Writes the published weights into the folder it is given.
+
+        Raises:
+            CheckpointError: If the disk is full or not writable; earlier checkpoints stay as they were.
+        """
+        final = self.path(step)
+        partial = final.with_name(final.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with (partial / "state.pt").open("wb") as file:
+                torch.save(dict(state), file)
+                file.flush()
+                os.fsync(file.fileno())
+            save_weights(partial)
+            write_text(partial / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError of its file writer, safetensors as its own error
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = self.steps()
+            last = f"the last good checkpoint is {self.path(kept[-1])}" if kept else "there is no earlier checkpoint"
+            raise CheckpointError(f"could not save {final}: {error}; {last}. Free some space and resume") from error
+        if self.total_limit is not None:
+            for old in self.steps()[: -self.total_limit]:
+                shutil.rmtree(self.path(old))
+        return final
+
+    def find(self, wanted: str) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` means; None for "latest" in a new run.
+
+        Raises:
+            CheckpointError: If a named checkpoint does not exist.
+        """
+        if wanted == "latest":
+            steps = self.steps()
+            return self.path(steps[-1]) if steps else None
+        for path in (Path(wanted), self.output_dir / wanted):
+            if (path / "state.pt").is_file():
+                return path
+        found = ", ".join(f"checkpoint-{s}" for s in self.steps()) or "none"
+        raise CheckpointError(f"resume_from_checkpoint: {wanted!r} is no checkpoint (in {self.output_dir}: {found})")
+
+
+FREE_TO_CHANGE = (
+    "output_dir",
+    "training.output_dir",
+    "training.resume_from_checkpoint",
+    "training.logging_steps",
+    "training.checkpointing_steps",
+    "training.checkpoints_total_limit",
+    "training.report_to",
+    "training.validation_prompts",
+    "training.reward_model",
+    "training.validation_steps",
+    "training.validation_draws",
+    "evaluation",
+    "sampling",
+    "pairs",
+    "model.attention",
+    "model.gradient_checkpointing",
+)
+"""Settings that may differ when a run is resumed: they do not change the numbers of the steps to come."""
+
+
+def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a checkpoint's state.
+
+    Raises:
+        CheckpointError: If it belongs to another configuration; the message names what differs.
+    """
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    old, new = _flatten(saved), _flatten(json.loads(json.dumps(settings)))
+    differing = [
+        f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_TO_CHANGE)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to another configuration ({'; '.join(differing)}); "
+            "use the same settings, or another output_dir"
+        )
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}

@@ -1,0 +1,294 @@
+"""Configurations: frozen models, read strictly from YAML, overridden by dotted paths.
+
+Defaults live here, in `diffalign.data`, `diffalign.generation`, `diffalign.mining` and in the trainers' `Config`
+classes, and nowhere else. Unknown keys are errors with a suggestion. Leaf names are the words that users of
+diffusers, accelerate, peft and TRL already type, with the same meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from diffalign.data import DataConfig
+from diffalign.generation import SamplingConfig
+from diffalign.mining import PairsConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoRAConfig(_Strict):
+    """Low-rank adapters; leave the whole section out for full fine-tuning."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class ModelConfig(_Strict):
+    """Which model, and how its weights are held.
+
+    Attributes:
+        pretrained_model_name_or_path: A folder in the diffusers layout, a Hub id, or `diffalign://shapes`.
+        revision: Branch, tag or commit on the Hub.
+        variant: Weight file variant on the Hub, such as "fp16".
+        lora: Adapters to train; leave out for full fine-tuning.
+        adapter: Trained weights to start from or to evaluate, as a run's output folder holds them.
+        attention: "native", "xformers", or a diffusers attention backend.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    variant: str | None = None
+    lora: LoRAConfig | None = None
+    adapter: str | None = None
+    attention: str = "native"
+    gradient_checkpointing: bool = False
+
+
+class TrainingConfig(_Strict):
+    """The loop. Names and meanings as in diffusers' training scripts.
+
+    Attributes:
+        output_dir: Where the run writes.
+        max_train_steps: Optimizer steps.
+        per_device_train_batch_size: Pairs per forward pass and process.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        learning_rate: Of AdamW or Adafactor; with `scale_lr` multiplied by the pairs per optimizer step.
+        scale_lr: See `learning_rate`.
+        lr_scheduler: Name of a diffusers schedule ("constant", "constant_with_warmup", "linear", "cosine", ...).
+        lr_warmup_steps: In optimizer steps, whatever the number of processes.
+        optimizer: "adamw", "adamw_8bit" (needs bitsandbytes) or "adafactor".
+        max_grad_norm: Global norm to clip at; 0 switches clipping off.
+        mixed_precision: "no", "fp16" or "bf16"; trained weights and errors stay float32.
+        use_ema: Keep a moving average of the trained weights, saved under `ema/`.
+        ema_decay: Its decay per optimizer step.
+        logging_steps: A line in metrics.jsonl every so many optimizer steps.
+        checkpointing_steps: A checkpoint every so many optimizer steps.
+        checkpoints_total_limit: How many checkpoints to keep; None keeps all.
+        resume_from_checkpoint: "latest", a checkpoint's folder, or None.
+        report_to: Trackers besides metrics.jsonl: "tensorboard", "wandb", "all" or None.
+        validation_steps: Validation every so many optimizer steps; 0 switches it off.
+        num_validation_pairs: Pairs set aside, by prompt, for the fixed validation triples.
+        validation_draws: (timestep, noise) triples per validation pair.
+        validation_prompts: Prompts drawn at each validation, and scored with `reward_model` if one is named.
+        reward_model: Name of the reward model for validation scores.
+        dataloader_num_workers: Batches prepared ahead by a thread; 0 prepares them in the step.
+    """
+
+    output_dir: str = "runs/diffalign"
+    max_train_steps: int = Field(default=2000, ge=1)
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0)
+    scale_lr: bool = False
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    use_ema: bool = False
+    ema_decay: float = Field(default=0.9999, gt=0, lt=1)
+    logging_steps: int = Field(default=1, ge=1)
+    checkpointing_steps: int = Field(default=500, ge=1)
+    checkpoints_total_limit: int | None = Field(default=None, ge=1)
+    resume_from_checkpoint: str | None = None
+    report_to: str | None = None
+    validation_steps: int = Field(default=0, ge=0)
+    num_validation_pairs: int = Field(default=0, ge=0)
+    validation_draws: int = Field(default=4, ge=1)
+    validation_prompts: tuple[str, ...] = ()
+    reward_model: str | None = None
+
+
+class EvaluationConfig(_Strict):
+    """Base against aligned, on prompts no training saw.
+
+    Attributes:
+        prompts: A text file, a JSONL with a `prompt` field, or `diffalign://shapes/held_out`.
+        num_prompts: How many of them; None takes all.
+        reward_models: Names of the scorers.
+        benchmark: "shapes" lets the embedded world's judge look at the pictures as well.
+        seed: Of the pictures; base and aligned use the same one.
+    """
+
+    prompts: str = "diffalign://shapes/held_out"
+    num_prompts: int | None = Field(default=None, ge=1)
+    reward_models: tuple[str, ...] = ("pickscore",)
+    benchmark: str | None = None
+    seed: int = 1234
+
+
+def _scalar_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class RunConfig(_Strict):
+    """A whole experiment: one file serves `pairs`, `train`, `evaluate` and `report`.
+
+    `trainer` holds the method's name and its own settings, checked against the method's `Config`.
+    """
+
+    output_dir: str
+    seed: int = 0
+    model: ModelConfig
+    pairs: PairsConfig | None = None
+    data: DataConfig = Field(default_factory=DataConfig)
+    trainer: Annotated[dict[str, Any], BeforeValidator(_scalar_name)] = Field(
+        default_factory=lambda: {"name": "diffusion_dpo"}
+    )
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides of the form `training.learning_rate=1e-5`.
+
+    Args:
+        path: A file, or the name of a packaged config such as `configs/demo.yaml`.
+        overrides: Dotted path, equals sign, YAML value.
+
+    Raises:
+        ConfigError: One line per problem: what was found, what was expected.
+    """
+    raw = _read_yaml(_find(path))
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+
+
+def _find(path: str | Path) -> Path:
+    from importlib import resources
+
+    path = Path(path)
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("diffalign.configs").joinpath(path.name)))
+    if path.parent in (Path("."), Path("configs")) and packaged.is_file():
+        return packaged
+    folder = packaged.parent
+    known = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
+    raise ConfigError(f"config file {str(path)!r} does not exist (packaged configs: {known})")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; this loader reads it as the number everyone means."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, leaf = path.split(".")
+    here = raw
+    for part in parents:
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
+    here[leaf] = yaml.load(value, Loader=_Loader)
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown config key {where!r}{hint} (available: {', '.join(sorted(known))})"
+    if error["type"] == "missing":
+        return f"config key {where!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"config key {where!r}: {message}; found {error['input']!r}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = _model_of(field.annotation) if field is not None else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def _model_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        return next((m for a in get_args(annotation) if (m := _model_of(a)) is not None), None)
+    return None
+
+
+def trainer_settings(config: RunConfig) -> tuple[type[Any], Any]:
+    """The trainer class that `config.trainer` names, and its checked settings.
+
+    Raises:
+        ConfigError: For an unknown trainer, an unknown key or a bad value.
+    """
+    from diffalign.plugins import find
+
+    settings = dict(config.trainer)
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("config key 'trainer.name' is missing, for example trainer: {name: diffusion_dpo}")
+    try:
+        trainer = find("trainers", name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        return trainer, trainer.Config(**settings)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                known = list(trainer.Config.model_fields)
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                lines.append(f"unknown config key 'trainer.{key}'{hint} (available: {', '.join(sorted(known))})")
+            else:
+                message = str(problem["msg"]).removeprefix("Value error, ")
+                lines.append(f"config key 'trainer{'.' + key if key else ''}': {message}")
+        raise ConfigError("\n".join(lines)) from error
+
+
+def dump_config(config: BaseModel) -> str:
+    """The configuration as YAML, with every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,51 @@
+"""Preference pairs: readers of the published formats, the encoded cache, and the source of training batches.
+
+`load_pairs` reads a data set into raw `Pair`s, `encode_pairs` turns them into latents and text embeddings on disk,
+`PairSource` draws training batches from those. Names are loaded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffalign.data.config import DataConfig
+    from diffalign.data.encoded import EncodedPairs
+    from diffalign.data.encoding import encode_pairs
+    from diffalign.data.images import CorruptImageError, ImageSource
+    from diffalign.data.loading import check_source, load_pairs
+    from diffalign.data.pairs import Pair, PairList, PairSet, ReadReport
+    from diffalign.data.source import PairSource
+
+__all__ = [
+    "CorruptImageError",
+    "DataConfig",
+    "EncodedPairs",
+    "ImageSource",
+    "Pair",
+    "PairList",
+    "PairSet",
+    "PairSource",
+    "ReadReport",
+    "check_source",
+    "encode_pairs",
+    "load_pairs",
+]
+
+_HOMES = {
+    "config": ("DataConfig",),
+    "encoded": ("EncodedPairs",),
+    "encoding": ("encode_pairs",),
+    "images": ("CorruptImageError", "ImageSource"),
+    "loading": ("check_source", "load_pairs"),
+    "pairs": ("Pair", "PairList", "PairSet", "ReadReport"),
+    "source": ("PairSource",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""Images that are not decoded before they are needed, and the one way they become training pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+TRANSFORM_VERSION = 1
+"""Part of the cache's key: raise it whenever `pixels` could give other numbers."""
+
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,  # how Pillow reports a broken PNG
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class CorruptImageError(ValueError):
+    """An image is missing or cannot be decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """Where an image comes from: encoded bytes, a file, an address of a data set, or a Pillow image.
+
+    Attributes:
+        data: The bytes, the path, the address (a string with "://"), the image, or None for an empty cell.
+    """
+
+    data: bytes | Path | str | Image.Image | None
+
+    @staticmethod
+    def of(cell: object, base: Path | None = None) -> ImageSource:
+        """The image in one cell of a data set.
+
+        Args:
+            cell: Encoded bytes, a Pillow image, a path, or the undecoded value of a `datasets.Image` column.
+            base: The folder that file names in text columns are relative to; None refuses them, because a data set
+                from elsewhere has no business naming files of this machine.
+
+        Raises:
+            ValueError: If the cell holds something else, or a file outside of `base`.
+        """
+        if isinstance(cell, Mapping):
+            data, path = cell.get("bytes"), cell.get("path")
+            if data is None and isinstance(path, str):
+                return ImageSource(path if "://" in path else Path(path))
+            return ImageSource.of(data, base)
+        if isinstance(cell, bytearray | memoryview):
+            return ImageSource(bytes(cell))
+        if isinstance(cell, str):
+            if base is None:
+                raise ValueError(f"found the text {cell[:80]!r} in an image column, expected encoded images")
+            return ImageSource(file_inside(base, cell))
+        if cell is None or isinstance(cell, bytes | Path | Image.Image):
+            return ImageSource(cell)
+        raise ValueError(f"found {type(cell).__name__} in an image column, expected encoded images or file names")
+
+    def read(self) -> bytes:
+        """The encoded bytes; for a Pillow image its mode, size and raw pixels.
+
+        Raises:
+            CorruptImageError: If there is nothing to read. Trouble with the disk itself stays an `OSError`.
+        """
+        if self.data is None:
+            raise CorruptImageError("no image")
+        if isinstance(self.data, Image.Image):
+            return f"{self.data.mode} {self.data.size} ".encode() + self.data.tobytes()
+        if isinstance(self.data, bytes):
+            return self.data
+        try:
+            if isinstance(self.data, Path):
+                return self.data.read_bytes()
+            with fsspec.open(self.data, "rb") as file:
+                return bytes(file.read())
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise CorruptImageError(f"no file {self.data}") from error
+
+    def digest(self) -> str:
+        """A hash of what `read` gives; an image that is not there has one of its own."""
+        try:
+            return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
+        except CorruptImageError:
+            return "missing"
+
+    def decode(self) -> Image.Image:
+        """The image in RGB: transparency is dropped, an EXIF rotation is not applied, as in the original trainers.
+
+        Raises:
+            CorruptImageError: If the data is empty, cut short or no image.
+        """
+        if isinstance(self.data, Image.Image):
+            return _rgb(self.data)
+        encoded = self.read()
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                image.load()
+                return _rgb(image)
+        except _DECODER_ERRORS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CorruptImageError(f"{len(encoded)} bytes that are no readable image ({reason})") from error
+
+
+def file_inside(base: Path, name: str) -> Path:
+    """The file `name` below the folder `base`.
+
+    Raises:
+        ValueError: If the name leads out of the folder ("..", an absolute path, a link).
+    """
+    root = base.resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"image file {name!r} lies outside of {base}; expected a path inside, relative to that folder")
+    return path
+
+
+def pixels(image: Image.Image, resolution: int) -> Tensor:
+    """The centre square of an RGB image whose short side is scaled to `resolution`.
+
+    Bilinear with antialiasing, sizes and offsets rounded as torchvision's `Resize` and `CenterCrop` do. Nothing is
+    random and each image keeps its own proportions, so the crop of a pair is joint by construction.
+
+    Returns:
+        Values 0..255, [3, resolution, resolution], uint8.
+    """
+    width, height = image.size
+    if width <= height:
+        size = (resolution, resolution * height // width)
+    else:
+        size = (resolution * width // height, resolution)
+    scaled = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - resolution) / 2.0) for side in size)
+    cropped = scaled.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(cropped, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Pixels 0..255 as float32 in [0, 1], same shape."""
+    return images.to(torch.float32) / 255.0
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP_MODES:  # Pillow would clip every value above 255 to white
+        raise CorruptImageError(f"pixels of type {image.mode}; expected 8 bits per channel")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

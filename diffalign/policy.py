@@ -1,0 +1,107 @@
+"""The model that is trained, behind one interface for every family, and its frozen reference."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from diffalign.batches import Conditioning, Moments
+from diffalign.predictions import Prediction
+from diffalign.schedules import Schedule
+
+
+class Predictor(Protocol):
+    """Anything with a denoiser's forward pass: a policy or its frozen reference."""
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output for noisy latents [B, C, ...] at timesteps [B]; same shape as the latents."""
+        ...
+
+
+class Policy(ABC):
+    """A generative model under training: denoiser, autoencoder, text encoder and sampler of one family.
+
+    Attributes:
+        schedule: Turns timesteps into (alpha, sigma).
+        prediction: What the denoiser's output means.
+        denoiser: The module whose weights are trained.
+        latent_shape: Shape of one latent at the model's default size, for example (4, 64, 64).
+        resolution: Default image side in pixels.
+        max_tokens: How many tokens the text encoder reads, its special ones included.
+    """
+
+    schedule: Schedule
+    prediction: Prediction
+    denoiser: nn.Module
+    latent_shape: tuple[int, ...]
+    resolution: int
+    max_tokens: int
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings of B prompts, B rows; "" gives the row that a dropped caption uses."""
+
+    @abstractmethod
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before any cut, special ones included; compare with `max_tokens`."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Moments:
+        """Posterior moments of the scaled latents of images [B, 3, H, W] in [0, 1], float32."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] of scaled latents [B, C, h, w]."""
+
+    @abstractmethod
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output, with gradient; same shape as `noisy_latents`."""
+
+    @abstractmethod
+    def frozen(self) -> Predictor:
+        """The reference: the same `predict` with the weights training started from, without gradient."""
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 25,
+        reference: bool = False,
+    ) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], made by the family's own diffusers pipeline.
+
+        Each image starts from its own generator seeded with `seeds[i]`, so that it does not depend on the batch it
+        is made in.
+        With `reference`, the frozen reference's weights are used instead of the policy's.
+        """
+
+    @abstractmethod
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an optimizer may change, float32."""
+
+    @abstractmethod
+    def save_trained(self, folder: Path) -> None:
+        """Writes the trained weights as diffusers publishes them: a LoRA file, or the denoiser's folder."""
+
+    @abstractmethod
+    def load_trained(self, folder: Path) -> None:
+        """Reads what `save_trained` wrote back into the policy."""
+
+    @abstractmethod
+    def encoder_fingerprint(self) -> str:
+        """A hash of everything that determines `encode` and `encode_prompts`: weights and configurations."""
+
+    @abstractmethod
+    def free_encoders(self) -> None:
+        """Drops the autoencoder and text encoder from memory; `reload_encoders` brings them back."""
+
+    @abstractmethod
+    def reload_encoders(self) -> None:
+        """Loads what `free_encoders` dropped."""

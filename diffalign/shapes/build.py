@@ -1,0 +1,318 @@
+"""Rebuilds the embedded world from a seed: `python -m diffalign.shapes.build --out FOLDER`.
+
+Three trainings from scratch, in this order: the autoencoder on rendered scenes, the denoiser together with its
+text encoder on the encoded scenes of the *training* prompts, and the CLIP scorer on rendered pairs whose order is
+the renderer's truth. Every stage saves its state every few hundred steps under `FOLDER/work` and goes on from
+there when it is started again; the finished parts are exported in half precision to `FOLDER/pipeline` and
+`FOLDER/scorer`, in the layouts that diffusers and transformers publish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
+
+from diffalign.shapes import networks
+from diffalign.shapes.scenes import Prompt, degrade, draw_scene, prompts, render, spoil_scene
+
+TASK_WEIGHTS = {
+    "single_object": 0.08,
+    "two_object": 0.17,
+    "counting": 0.18,
+    "colors": 0.10,
+    "position": 0.23,
+    "color_attr": 0.24,
+}
+"""How often each task is drawn in all three trainings."""
+
+
+class PromptSampler:
+    """Draws training prompts: first a task by `TASK_WEIGHTS`, then one of its prompts uniformly."""
+
+    def __init__(self) -> None:
+        self.tasks = list(TASK_WEIGHTS)
+        self.weights = np.array([TASK_WEIGHTS[t] for t in self.tasks])
+        self.prompts = {t: prompts("train", t) for t in self.tasks}
+
+    def __call__(self, generator: np.random.Generator) -> Prompt:
+        task = self.tasks[int(generator.choice(len(self.tasks), p=self.weights))]
+        return self.prompts[task][int(generator.integers(len(self.prompts[task])))]
+
+
+def to_pixels(images: list[np.ndarray]) -> Tensor:
+    """uint8 pictures to a tensor [B, 3, 64, 64] in [-1, 1]."""
+    stacked = np.stack(images).astype(np.float32) / 127.5 - 1.0
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+
+class Stage:
+    """One resumable training: modules, optimizer, step counter and moving average in one state file."""
+
+    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float):
+        self.name, self.steps, self.decay = name, steps, ema
+        self.path = work / f"{name}.pt"
+        self.modules = modules
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-4)
+        self.lr = lr
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+            self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+
+    def save(self) -> None:
+        state = {
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def run(self, loss_of: Callable[[int], Tensor], save_every: int = 250) -> None:
+        """Trains to the last step; `loss_of(step)` must depend on nothing but the weights and the step."""
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=5)
+        last = time.monotonic()
+        while self.step < self.steps:
+            # Warm-up over 100 steps, constant, and a linear way to zero over the last fifth.
+            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (0.2 * self.steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * factor
+            loss = loss_of(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.step += 1
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            self.losses.append(float(loss.detach()))
+            bar.update()
+            if self.step % 50 == 0:
+                bar.set_postfix(loss=f"{np.mean(self.losses[-50:]):.4f}")
+            now = time.monotonic()
+            self.seconds += now - last
+            last = now
+            if self.step % save_every == 0 or self.step == self.steps:
+                self.save()
+        bar.close()
+
+    def load_average(self) -> None:
+        """Puts the moving average into the modules."""
+        with torch.no_grad():
+            for p, a in zip(self.parameters, self.average, strict=True):
+                p.copy_(a)
+        for module in self.modules.values():
+            module.eval()
+
+
+def _generators(seed: int, *key: int) -> tuple[np.random.Generator, torch.Generator]:
+    words = np.random.SeedSequence([seed, *key])
+    return np.random.default_rng(words), torch.Generator().manual_seed(int(words.generate_state(1)[0]))
+
+
+def train_vae(work: Path, seed: int, steps: int) -> networks.AutoencoderKL:
+    """The autoencoder: squared and absolute error, objects weighted up, and a light pull to a unit Gaussian."""
+    torch.manual_seed(seed)
+    vae = networks.build_vae()
+    stage = Stage("vae", work, {"vae": vae}, lr=2e-3, steps=steps, ema=0.995)
+    draw = PromptSampler()
+
+    def loss_of(step: int) -> Tensor:
+        numpy_generator, generator = _generators(seed, 1, step)
+        pixels = to_pixels([render(draw_scene(draw(numpy_generator), numpy_generator)) for _ in range(16)])
+        ground = pixels.flatten(2).median(dim=2).values[..., None, None]
+        weight = 1 + 4 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample(generator)).sample - pixels
+        fit = (weight * (error.square() + 0.5 * error.abs())).sum() / (3 * weight.sum())
+        return fit + 1e-4 * posterior.kl().mean() / 512  # kl() sums over the 512 numbers of a latent
+
+    stage.run(loss_of)
+    stage.load_average()
+    vae.requires_grad_(False)
+    return vae
+
+
+@torch.no_grad()
+def encode_scenes(vae: networks.AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
+    """Posterior means and deviations, [count, 16, 8, 8], of scenes of the training prompts, and the prompts."""
+    path = work / "scenes.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        return state["moments"], state["texts"]
+    draw = PromptSampler()
+    moments, texts = [], []
+    for start in tqdm(range(0, count, 100), desc="encode scenes", unit="batch", mininterval=5):
+        generator, _ = _generators(seed, 2, start)
+        chosen = [draw(generator) for _ in range(100)]
+        posterior = vae.encode(to_pixels([render(draw_scene(p, generator)) for p in chosen])).latent_dist
+        moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
+        texts += [p.text for p in chosen]
+    state = {"moments": torch.cat(moments), "texts": texts}
+    torch.save(state, path)
+    return state["moments"], texts
+
+
+def train_denoiser(
+    work: Path, vae: networks.AutoencoderKL, seed: int, steps: int, scenes: int
+) -> networks.StableDiffusionPipeline:
+    """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped."""
+    tokenizer = networks.build_tokenizer()
+    torch.manual_seed(seed + 1)
+    text_encoder, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
+    moments, texts = encode_scenes(vae, work, seed, scenes)
+    mean, std = moments.chunk(2, dim=1)
+    scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
+    vae.register_to_config(scaling_factor=scaling)
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    scheduler = networks.build_scheduler()
+    stage = Stage("denoiser", work, {"text_encoder": text_encoder, "unet": unet}, lr=6e-4, steps=steps, ema=0.999)
+
+    def loss_of(step: int) -> Tensor:
+        _, generator = _generators(seed, 3, step)
+        rows = torch.randint(len(ids), (64,), generator=generator)
+        latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(1000, (64,), generator=generator)
+        noisy = scheduler.add_noise(latents * scaling, noise, timesteps)
+        dropped = torch.rand(64, 1, generator=generator) < 0.1
+        hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
+        errors = (unet(noisy, timesteps, hidden).sample - noise).square().mean((1, 2, 3))
+        cumulative = scheduler.alphas_cumprod[timesteps]
+        ratio = cumulative / (1 - cumulative)
+        return (errors * ratio.clamp(max=5.0) / ratio).mean()
+
+    stage.run(loss_of)
+    stage.load_average()
+    return networks.build_pipeline(tokenizer, text_encoder, vae, unet)
+
+
+def train_scorer(work: Path, seed: int, steps: int) -> networks.CLIPModel:
+    """The scorer, trained as HPS is: of two pictures and one prompt, the better one should match more.
+
+    The order of each pair is the renderer's truth: a scene drawn for the prompt is better than a spoilt, a
+    degraded or an unrelated one. A CLIP term over the batch (Radford et al. 2021, arXiv:2103.00020) stands in for
+    the pretrained weights that HPS starts from.
+    """
+    tokenizer = networks.build_tokenizer()
+    torch.manual_seed(seed + 2)
+    scorer = networks.build_scorer(tokenizer)
+    stage = Stage("scorer", work, {"scorer": scorer}, lr=6e-4, steps=steps, ema=0.995)
+    draw = PromptSampler()
+
+    def pair(generator: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray]:
+        prompt = draw(generator)
+        scene = draw_scene(prompt, generator)
+        better = render(scene)
+        way = generator.random()
+        if way < 0.6:
+            worse = render(spoil_scene(prompt, scene, generator))
+        elif way < 0.9:
+            worse = degrade(better, generator)
+        else:
+            worse = degrade(render(spoil_scene(prompt, scene, generator)), generator)
+        return prompt.text, better, worse
+
+    def loss_of(step: int) -> Tensor:
+        generator, _ = _generators(seed, 4, step)
+        texts, better, worse = zip(*(pair(generator) for _ in range(48)), strict=True)
+        ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        pixels = to_pixels([*better, *worse])
+        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=_generators(seed, 5, step)[1])
+        output = scorer(input_ids=ids, pixel_values=pixels)
+        logits = output.logits_per_text  # [48, 96]
+        rows = torch.arange(48)
+        preference = F.softplus(logits[rows, rows + 48] - logits[rows, rows]).mean()
+        same = torch.tensor([[a == b and i != j for j, b in enumerate(texts)] for i, a in enumerate(texts)])
+        square = logits[:, :48].masked_fill(same, float("-inf"))
+        contrast = (F.cross_entropy(square, rows) + F.cross_entropy(square.t(), rows)) / 2
+        return preference + 0.5 * contrast
+
+    stage.run(loss_of)
+    stage.load_average()
+    return scorer
+
+
+def export(out: Path, pipeline: Any, scorer: networks.CLIPModel) -> dict[str, float]:
+    """Saves both models in half precision in their published layouts; returns their sizes in MB."""
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
+    scorer.to(torch.float16).save_pretrained(out / "scorer")
+    pipeline.tokenizer.save_pretrained(out / "scorer")
+    sizes = {}
+    for name in ("pipeline", "scorer"):
+        sizes[name] = sum(f.stat().st_size for f in (out / name).rglob("*") if f.is_file()) / 1e6
+    return sizes
+
+
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 6000, scorer_steps: int = 3000,
+          scenes: int = 60_000) -> None:  # fmt: skip
+    """Trains and exports everything; see the module's description."""
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(work, seed, vae_steps)
+    pipeline = train_denoiser(work, vae, seed, denoiser_steps, scenes)
+    scorer = train_scorer(work, seed, scorer_steps)
+    sizes = export(out, pipeline, scorer)
+    seconds = {n: torch.load(work / f"{n}.pt", weights_only=True)["seconds"] for n in ("vae", "denoiser", "scorer")}
+    record = {"seed": seed, "seconds": seconds, "megabytes": sizes}
+    (out / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line of the build."""
+    parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.build", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the models and the training states go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--denoiser-steps", type=int, default=6000)
+    parser.add_argument("--scorer-steps", type=int, default=3000)
+    parser.add_argument("--scenes", type=int, default=60_000)
+    options = parser.parse_args()
+    work = options.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    if options.stage == "vae":
+        train_vae(work, options.seed, options.vae_steps)
+    elif options.stage == "denoiser":
+        vae = train_vae(work, options.seed, options.vae_steps)
+        train_denoiser(work, vae, options.seed, options.denoiser_steps, options.scenes)
+    elif options.stage == "scorer":
+        train_scorer(work, options.seed, options.scorer_steps)
+    else:
+        build(
+            options.out,
+            options.seed,
+            options.vae_steps,
+            options.denoiser_steps,
+            options.scorer_steps,
+            options.scenes,
+        )
+
+
+if __name__ == "__main__":
+    main()

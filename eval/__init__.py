@@ -1,0 +1,53 @@
+"""Evaluation: benchmarks (one file each), the comparison of base and aligned, its statistics and the report.
+
+`diffalign.plugins.find("eval", name)` gives a benchmark's class by its file's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffalign.eval.base import Benchmark, Case, Report, Row, Score, read_rows, write_rows
+    from diffalign.eval.compare import Comparison, Pool, compare_folder, pool
+    from diffalign.eval.report import write_report
+    from diffalign.eval.shapes import Shapes
+
+_HOMES = {
+    "Benchmark": "base",
+    "Case": "base",
+    "Comparison": "compare",
+    "Pool": "compare",
+    "Report": "base",
+    "Row": "base",
+    "Score": "base",
+    "Shapes": "shapes",
+    "compare_folder": "compare",
+    "pool": "compare",
+    "read_rows": "base",
+    "write_report": "report",
+    "write_rows": "base",
+}
+
+__all__ = [
+    "Benchmark",
+    "Case",
+    "Comparison",
+    "Pool",
+    "Report",
+    "Row",
+    "Score",
+    "Shapes",
+    "compare_folder",
+    "pool",
+    "read_rows",
+    "write_report",
+    "write_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"diffalign.eval.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,20 @@
+"""Trainers: one file per method. `diffalign.plugins.find("trainers", name)` gives a class by its file's name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffalign.trainers.base import LossOutput, PairTrainer
+    from diffalign.trainers.diffusion_dpo import DiffusionDPO
+
+__all__ = ["DiffusionDPO", "LossOutput", "PairTrainer"]
+
+_HOMES = {"DiffusionDPO": "diffusion_dpo", "LossOutput": "base", "PairTrainer": "base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"diffalign.trainers.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,210 @@
+"""The five steps from a batch of pairs to a loss. The base class *is* Diffusion-DPO; methods override steps.
+
+Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization" (arXiv:2311.12908), Eq. 14,
+in the form of the authors' released code: one timestep and one noise sample per pair, shared by both halves; mean
+squared errors; the factor one half; no weight in time. With E the mean squared error against the network's own
+regression target y (noise for epsilon networks),
+
+    log_ratio = -(E(policy) - E(reference)) / 2
+    margin    = log_ratio(chosen) - log_ratio(rejected)
+    loss      = -log sigmoid(beta * margin)
+
+The paper's Eq. 14 has separate noise for the halves and three different factors in its text and appendix; the
+released models came from the form above.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from diffalign.batches import NoisyStates, PairBatch
+from diffalign.losses import BetaConvention, LossType, convert_beta, ipo_raw_loss, margin_loss, per_sample_error
+from diffalign.policy import Policy
+from diffalign.predictions import Prediction
+from diffalign.timesteps import TimestepLaw, draw_timesteps, effective_schedule
+
+
+class LossOutput:
+    """A loss with its metrics.
+
+    Attributes:
+        loss: Scalar with gradient.
+        losses: Loss per pair without weights, [B], detached.
+        metrics: Scalars, detached, to be averaged over micro-batches and processes.
+    """
+
+    def __init__(self, loss: Tensor, losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.loss, self.losses, self.metrics = loss, losses.detach(), metrics
+
+
+class PairTrainerConfig(BaseModel):
+    """What every pair trainer can be told. Defaults are Diffusion-DPO's.
+
+    Attributes:
+        beta: Strength of the pull to the reference, under `beta_convention`. Errors are means, so thousands are
+            normal (2000 to 5000 for SD1.5).
+        beta_convention: How `beta` is meant; see `diffalign.losses.convert_beta`.
+        loss_type: Loss of the margin, under TRL's names.
+        label_smoothing: Assumed share of wrong labels ("sigmoid") or known flip rate ("robust").
+        caption_dropout: Share of visits at which a pair's caption is replaced by the empty one, for both halves,
+            policy and reference. 0.2 for models that are sampled with guidance, 0 for distilled ones.
+        timestep_sampling: Law of the timesteps; see `diffalign.timesteps`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beta: float = 2000.0
+    beta_convention: BetaConvention = "mean_half"
+    loss_type: LossType = "sigmoid"
+    label_smoothing: float = 0.0
+    caption_dropout: float = Field(default=0.2, ge=0, le=1)
+    timestep_sampling: TimestepLaw = "uniform"
+
+    @model_validator(mode="after")
+    def _check(self) -> PairTrainerConfig:
+        margin_loss(self.loss_type, self.beta, self.label_smoothing)
+        return self
+
+
+class PairTrainer:
+    """Turns batches of pairs into losses; see the module's description.
+
+    Args:
+        policy: The model, with its frozen reference.
+        config: Settings, or None to build them from `options`.
+        options: Fields of `Config`.
+    """
+
+    Config: ClassVar[type[PairTrainerConfig]] = PairTrainerConfig
+    predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V, Prediction.VELOCITY})
+
+    def __init__(self, policy: Policy, config: PairTrainerConfig | None = None, **options: Any) -> None:
+        self.config = config if config is not None else self.Config(**options)
+        self.check_prediction(policy.prediction)
+        self.policy = policy
+        self.reference = policy.frozen()
+        self.schedule = effective_schedule(policy.schedule, self.config.timestep_sampling)
+        self.latent_numel = int(torch.tensor(policy.latent_shape).prod())
+        self.beta = convert_beta(self.config.beta, self.config.beta_convention, self.latent_numel)
+        self._loss_of = margin_loss(self.config.loss_type, self.beta, self.config.label_smoothing)
+
+    @classmethod
+    def check_prediction(cls, prediction: Prediction) -> None:
+        """Refuses models this method has no equation for.
+
+        Raises:
+            ValueError: If `prediction` is not one of `predictions`.
+        """
+        if prediction not in cls.predictions:
+            known = ", ".join(sorted(cls.predictions))
+            raise ValueError(
+                f"{cls.__name__} cannot train a model that predicts {prediction.value!r}; it knows {known}"
+            )
+
+    @property
+    def kappa(self) -> float:
+        """beta / 2: the factor of the error difference inside the sigmoid, the only number that matters."""
+        return self.beta / 2
+
+    def describe(self) -> str:
+        """One line for the start of a run: method, kappa and its equivalent per summed element."""
+        config = self.config
+        return (
+            f"{type(self).__name__}: loss {config.loss_type}, beta {config.beta:g} ({config.beta_convention}) "
+            f"-> kappa {self.kappa:g} on mean errors, {self.kappa / self.latent_numel:.4g} per summed element "
+            f"({self.latent_numel} elements a latent)"
+        )
+
+    # --- the five steps --------------------------------------------------------------------------------------------
+
+    def loss(self, batch: PairBatch) -> LossOutput:
+        """The batch's loss: weighted mean over pairs of the loss of the margin."""
+        pairs = self.pairs(batch)
+        states = self.noisy_states(pairs)
+        error, reference_error = self.errors(states)
+        ratio = self.log_ratio(error, reference_error)
+        margin = self.margin(ratio, states)
+        losses = self.objective(margin, states)
+        loss = (pairs.weight.to(losses.dtype) * losses).mean()
+        return LossOutput(loss, losses, self.metrics(losses, margin, error, reference_error))
+
+    def pairs(self, batch: PairBatch) -> PairBatch:
+        """Which samples are chosen and which rejected, and their weight."""
+        return batch
+
+    def noisy_states(self, batch: PairBatch) -> NoisyStates:
+        """Both halves at the pair's one timestep with the pair's one noise, chosen first."""
+        latents = torch.cat([batch.chosen, batch.rejected])
+        timesteps = draw_timesteps(self.policy.schedule, batch.draws, self.config.timestep_sampling)
+        timesteps = timesteps.to(latents.device).repeat(2)
+        noise = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws])
+        noise = noise.to(latents.device, latents.dtype).repeat(2, *[1] * (latents.ndim - 1))
+        alphas, sigmas = self.schedule.scales(timesteps)
+        return NoisyStates(
+            conditioning=batch.conditioning.repeat(2),
+            latents=latents,
+            noise=noise,
+            timesteps=timesteps,
+            noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
+            target=self.policy.prediction.target(latents, noise, alphas, sigmas),
+        )
+
+    def errors(self, states: NoisyStates) -> tuple[Tensor, Tensor]:
+        """Mean squared errors of policy (with gradient) and reference, both [2B], at least float32.
+
+        The reference goes first: no adapter is switched between the policy's forward and backward, where a switch
+        would drop gradients silently, or change what gradient checkpointing computes again.
+        """
+        arguments = (states.noisy_latents, states.timesteps, states.conditioning)
+        with torch.no_grad():
+            reference_error = per_sample_error(self.reference.predict(*arguments), states.target)
+        return per_sample_error(self.policy.predict(*arguments), states.target), reference_error
+
+    def log_ratio(self, error: Tensor, reference_error: Tensor) -> Tensor:
+        """Estimate of log p_policy - log p_reference: [2, B], chosen first."""
+        return (-(error - reference_error) / 2).reshape(2, -1)
+
+    def margin(self, ratio: Tensor, states: NoisyStates) -> Tensor:
+        """Chosen minus rejected, [B]."""
+        return ratio[0] - ratio[1]
+
+    def objective(self, margin: Tensor, states: NoisyStates) -> Tensor:
+        """Loss per pair, [B]; beta enters here and only here."""
+        return self._loss_of(margin)
+
+    def update(self, step: int) -> None:
+        """Called after every optimizer step, for methods whose reference moves."""
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def metrics(
+        self, losses: Tensor, margin: Tensor, error: Tensor, reference_error: Tensor
+    ) -> dict[str, Tensor]:
+        """The mandatory logs, detached scalars.
+
+        `z` = beta * margin; `implicit_accuracy` counts z = 0 as one half; `gate` = sigmoid(-z) scales every
+        gradient: one half at the start, zero when saturated.
+        """
+        z = self.beta * margin.detach()
+        policy, reference = error.detach().reshape(2, -1), reference_error.reshape(2, -1)
+        metrics = {
+            "loss": losses.detach().mean(),
+            "model_mse": policy.mean(),
+            "ref_mse": reference.mean(),
+            "error_chosen": policy[0].mean(),
+            "error_rejected": policy[1].mean(),
+            "ref_error_chosen": reference[0].mean(),
+            "ref_error_rejected": reference[1].mean(),
+            "z_mean": z.mean(),
+            "z_square": z.square().mean(),
+            "implicit_accuracy": ((z > 0).to(z.dtype) + 0.5 * (z == 0).to(z.dtype)).mean(),
+            "gate": torch.sigmoid(-z).mean(),
+        }
+        if self.config.loss_type == "ipo":
+            metrics["ipo_raw_loss"] = ipo_raw_loss(margin.detach(), self.beta).mean()
+        return metrics
