@@ -130,14 +130,14 @@ FREE_TO_CHANGE = (
 """Settings that may differ when a run is resumed: they do not change the numbers of the steps to come."""
 
 
-def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a checkpoint's state.
+def compare_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of another configuration.
 
     Raises:
-        CheckpointError: If it belongs to another configuration; the message names what differs.
+        CheckpointError: If settings differ that change the steps to come; the message names them.
     """
     saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    old, new = _flatten(saved), _flatten(json.loads(json.dumps(settings)))
+    old, new = flatten(saved), flatten(json.loads(json.dumps(settings)))
     differing = [
         f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -148,14 +148,24 @@ def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} belongs to another configuration ({'; '.join(differing)}); "
             "use the same settings, or another output_dir"
         )
+
+
+def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a checkpoint's state.
+
+    Raises:
+        CheckpointError: If it belongs to another configuration; the message names what differs.
+    """
+    compare_settings(path, settings)
     state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return state
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted keys."""
     if isinstance(value, dict):
         flat: dict[str, Any] = {}
         for key, item in value.items():
-            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: value}

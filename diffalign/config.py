@@ -85,7 +85,6 @@ class TrainingConfig(_Strict):
         validation_draws: (timestep, noise) triples per validation pair.
         validation_prompts: Prompts drawn at each validation, and scored with `reward_model` if one is named.
         reward_model: Name of the reward model for validation scores.
-        dataloader_num_workers: Batches prepared ahead by a thread; 0 prepares them in the step.
     """
 
     output_dir: str = "runs/diffalign"
@@ -125,14 +124,14 @@ class EvaluationConfig(_Strict):
         num_prompts: How many of them; None takes all.
         reward_models: Names of the scorers.
         benchmark: "shapes" lets the embedded world's judge look at the pictures as well.
-        seed: Of the pictures; base and aligned use the same one.
+        seed: Of the pictures; base and aligned use the same one. None derives it from the run's seed.
     """
 
     prompts: str = "diffalign://shapes/held_out"
     num_prompts: int | None = Field(default=None, ge=1)
     reward_models: tuple[str, ...] = ("pickscore",)
     benchmark: str | None = None
-    seed: int = 1234
+    seed: int | None = None
 
 
 def _scalar_name(value: Any) -> Any:
@@ -142,14 +141,15 @@ def _scalar_name(value: Any) -> Any:
 class RunConfig(_Strict):
     """A whole experiment: one file serves `pairs`, `train`, `evaluate` and `report`.
 
-    `trainer` holds the method's name and its own settings, checked against the method's `Config`.
+    `trainer` holds the method's name and its own settings, checked against the method's `Config`. Without `data`,
+    `train` reads the pairs that `diffalign pairs` wrote for this config, in `<output_dir>/pairs`.
     """
 
     output_dir: str
     seed: int = 0
     model: ModelConfig
     pairs: PairsConfig | None = None
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig | None = None
     trainer: Annotated[dict[str, Any], BeforeValidator(_scalar_name)] = Field(
         default_factory=lambda: {"name": "diffusion_dpo"}
     )

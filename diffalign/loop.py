@@ -395,5 +395,5 @@ def replay(path: Path, trainer: Any) -> Any:
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as trackers want them: one level, plain values."""
-    flat = checkpoints._flatten(dict(settings))
+    flat = checkpoints.flatten(dict(settings))
     return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}

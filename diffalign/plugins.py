@@ -15,7 +15,7 @@ from typing import Any, Literal
 Kind = Literal["trainers", "reward_models", "eval"]
 
 _NOUNS = {"trainers": "trainer", "reward_models": "reward model", "eval": "benchmark"}
-_SHARED = {"base", "clip_towers", "report", "statistics", "compare", "scoring"}
+_SHARED = {"base", "clip_towers", "compare", "media", "report", "scoring", "statistics", "tables", "weights"}
 """Modules of the plugin folders that are no plugins themselves."""
 
 

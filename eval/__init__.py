@@ -9,7 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffalign.eval.base import Benchmark, Case, Report, Row, Score, read_rows, write_rows
+    from diffalign.eval.base import (
+        Benchmark,
+        Case,
+        Report,
+        Row,
+        Score,
+        read_jsonl,
+        read_rows,
+        write_json,
+        write_rows,
+    )
     from diffalign.eval.compare import Comparison, Pool, compare_folder, pool
     from diffalign.eval.report import write_report
     from diffalign.eval.shapes import Shapes
@@ -25,7 +35,9 @@ _HOMES = {
     "Shapes": "shapes",
     "compare_folder": "compare",
     "pool": "compare",
+    "read_jsonl": "base",
     "read_rows": "base",
+    "write_json": "base",
     "write_report": "report",
     "write_rows": "base",
 }
@@ -41,7 +53,9 @@ __all__ = [
     "Shapes",
     "compare_folder",
     "pool",
+    "read_jsonl",
     "read_rows",
+    "write_json",
     "write_report",
     "write_rows",
 ]

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffalign.eval.statistics import Interval
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1
 """Version of the results files that `Report.to_dict` writes."""
@@ -188,10 +189,9 @@ class Report:
         Args:
             device: Name of the device that made the samples, such as "cpu".
         """
-        content = {name: value for name, value in asdict(self).items()}
         return {
             "schema": SCHEMA,
-            **content,
+            **asdict(self),
             "partial": self.partial,
             "protocol_hash": self.protocol_hash,
             "env": environment(device),

@@ -74,8 +74,8 @@ class Shapes(Benchmark):
         """
         if len(media) != len(cases):
             raise ValueError(f"expected one picture per case, got {len(media)} for {len(cases)} cases")
-        verdicts = (judge(pixels, parse_prompt(c.prompt)) for pixels, c in zip(to_judge_pixels(media), cases, strict=True))
-        return [_row(case, verdict) for case, verdict in zip(cases, verdicts, strict=True)]
+        pictures = zip(cases, to_judge_pixels(media), strict=True)
+        return [_row(case, judge(pixels, parse_prompt(case.prompt))) for case, pixels in pictures]
 
     def aggregate(self, rows: Sequence[Row]) -> Report:
         """The judge score with its interval, prompts resampled within tasks, and the share of each task.
@@ -155,18 +155,20 @@ def to_judge_pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def _spread(all_prompts: Sequence[Prompt], amount: int | None) -> list[tuple[int, Prompt]]:
-    """`amount` numbered prompts: an equal share of every task, evenly spaced inside it, in the world's order."""
+    """`amount` numbered prompts, task by task: an equal share of every task, evenly spaced inside it."""
     numbered = list(enumerate(all_prompts))
-    if amount is None or amount >= len(numbered):
-        return numbered
     by_task = {task: [item for item in numbered if item[1].task == task] for task in TASKS}
+    amount = len(numbered) if amount is None else min(amount, len(numbered))
     shares = dict.fromkeys(TASKS, 0)
     while sum(shares.values()) < amount:
         for task in TASKS:
             if shares[task] < len(by_task[task]) and sum(shares.values()) < amount:
                 shares[task] += 1
-    chosen = [by_task[task][(2 * k + 1) * len(by_task[task]) // (2 * n)] for task, n in shares.items() for k in range(n)]
-    return sorted(chosen, key=lambda item: item[0])
+    chosen: list[tuple[int, Prompt]] = []
+    for task, share in shares.items():
+        items = by_task[task]
+        chosen += [items[(2 * k + 1) * len(items) // (2 * share)] for k in range(share)]
+    return chosen
 
 
 def _row(case: Case, verdict: Verdict) -> Row:

@@ -126,7 +126,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for testing several scorers at once, in the order given.
+    """P values corrected for testing several scorers at once, in the order given.
 
     Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
     """
@@ -164,9 +164,7 @@ def bootstrap_mean(
     Raises:
         ValueError: If values are missing or not finite, or the lengths differ.
     """
-    return bootstrap_mean_of_tasks(
-        values, None, clusters, resamples=resamples, seed=seed, confidence=confidence
-    )
+    return bootstrap_mean_of_tasks(values, None, clusters, resamples=resamples, seed=seed, confidence=confidence)
 
 
 def mean_of_tasks(values: ArrayLike, tasks: Sequence[Hashable]) -> float:

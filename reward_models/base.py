@@ -191,8 +191,8 @@ class RewardModel(nn.Module, ABC):
         """Scores of media of any accepted kind, without gradient.
 
         Each medium is a PIL image, a path, an array [H, W, 3] or a tensor [3, H, W]; arrays and tensors hold uint8
-        or floats in [0, 1]. See `media.to_rgb` for alpha, palettes and CMYK. A tensor [N, 3, H, W] is a batch of N. Media
-        are read batch by batch, equal prompts are encoded once, and a score does not depend on the others in its
+        or floats in [0, 1]. See `media.to_rgb` for alpha, palettes and CMYK. A tensor [N, 3, H, W] is a batch of N.
+        Media are read batch by batch, equal prompts are encoded once, and a score does not depend on the others in its
         batch (beyond rounding in the last float32 digits).
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,18 @@ def load_hf_towers(
     source, local = locate(info, path_or_id if path_or_id is not None else spec.repo, local_files_only)
     try:
         model = _load_clip(source, local)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise WeightsError(f"cannot load {info.name} from {source!r}: {one_line(error)}; {expected(info)}") from error
     words, local = locate(info, tokenizer if tokenizer is not None else source, local_files_only)
     try:
         tokens = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=local)
+        # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
+        if set(tokens.get_vocab()) <= set(tokens.all_special_tokens):
+            raise OSError("there is no vocabulary")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(
             f"cannot load the tokenizer of {info.name} from {words!r}: {one_line(error)}; expected tokenizer.json, or "
-            "vocab.json and merges.txt, there or in the folder you pass"
+            "vocab.json and merges.txt, there or in the local folder of the weights"
         ) from error
     _check_tokenizer(info, tokens, model.config.text_config, words)
     return HFTowers(model, tokens)
@@ -82,6 +86,8 @@ def expected(info: RewardInfo) -> str:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters."""
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to load what was refused
+        return "the file is damaged or holds more than plain tensors, and is not executed"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -107,3 +109,67 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny v-prediction pipeline."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "v_pipeline", "v_prediction")
+
+
+def random_batch(
+    count: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (4, 4, 4),
+    key: str = "batch",
+    first: int = 0,
+) -> Any:
+    """Pairs `first` to `first + count - 1` of an endless random set; pair i is the same in every batch."""
+    from diffalign.batches import Conditioning, PairBatch
+    from diffalign.randomness import Draw
+
+    draws = tuple(Draw(0, 0, f"{key}-{i}") for i in range(first, first + count))
+
+    def stack(purpose: str, size: tuple[int, ...]) -> torch.Tensor:
+        return torch.stack([draw.normal(purpose, size) for draw in draws]).to(dtype)
+
+    return PairBatch(
+        conditioning=Conditioning({"hidden": stack("prompt", (5, 16))}),
+        chosen=stack("chosen", shape),
+        rejected=stack("rejected", shape),
+        weight=torch.ones(count),
+        draws=draws,
+    )
+
+
+def move_away(policy: Any, scale: float = 0.05) -> None:
+    """Changes the trained weights, so that the policy differs from its reference."""
+    from diffalign.randomness import generator
+
+    with torch.no_grad():
+        for name, parameter in policy.named_trainable():
+            noise = torch.randn(parameter.shape, generator=generator("move away", name), dtype=torch.float64)
+            parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def double_policy(folder: Path, *, lora: Any = None, train: bool = True) -> Any:
+    """A policy with everything in float64."""
+    from diffusers import StableDiffusionPipeline
+
+    from diffalign.backbones import inspect_model
+    from diffalign.backbones.sd import StableDiffusionPolicy
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float64, safety_checker=None)
+    return StableDiffusionPolicy(pipeline, inspect_model(str(folder)), lora=lora, train=train)
+
+
+@pytest.fixture(scope="session")
+def batches() -> Callable[..., Any]:
+    """`random_batch`, for tests that cannot import this file."""
+    return random_batch
+
+
+@pytest.fixture(scope="session")
+def policies() -> Any:
+    """`double_policy` and `move_away`, for tests that cannot import this file."""
+
+    class Policies:
+        double = staticmethod(double_policy)
+        move_away = staticmethod(move_away)
+
+    return Policies

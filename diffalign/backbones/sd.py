@@ -40,11 +40,18 @@ class StableDiffusionPolicy(Policy):
         pipeline: The pipeline; its modules are used, not copied.
         source: Where it came from.
         lora: Adapters to train, or None.
-        train: With `lora` None: train all weights of the UNet.
+        train: With `lora` None: train all weights of the UNet, which must be float32.
+        reference_dtype: Of the frozen copy that full fine-tuning keeps; None keeps the UNet's.
     """
 
     def __init__(
-        self, pipeline: Any, source: ModelSource, *, lora: LoRA | None = None, train: bool = False
+        self,
+        pipeline: Any,
+        source: ModelSource,
+        *,
+        lora: LoRA | None = None,
+        train: bool = False,
+        reference_dtype: torch.dtype | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.source = source
@@ -78,8 +85,8 @@ class StableDiffusionPolicy(Policy):
             self._upcast_adapter()
         elif train:
             self._frozen = copy.deepcopy(self.denoiser)
-            if self.denoiser.dtype != torch.float32:
-                self.denoiser.to(torch.float32)
+            if reference_dtype is not None and reference_dtype != self.denoiser.dtype:
+                self._frozen.to(reference_dtype)
             self.denoiser.requires_grad_(True)
         self.denoiser.eval()
 
@@ -95,11 +102,12 @@ class StableDiffusionPolicy(Policy):
         attention: str = "native",
     ) -> StableDiffusionPolicy:
         """Loads the pipeline from its folder or the Hub, safetensors only; see `load_policy`."""
+        full = train and lora is None  # trained weights are float32, whatever the reference is kept in
         pipeline = StableDiffusionPipeline.from_pretrained(
             source.location,
             revision=source.revision,
             variant=source.variant,
-            dtype={"unet": dtype or torch.float32, "default": torch.float32},
+            dtype={"unet": torch.float32 if full else dtype or torch.float32, "default": torch.float32},
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
@@ -108,7 +116,7 @@ class StableDiffusionPolicy(Policy):
         if attention != "native":
             set_attention(pipeline.unet, attention)
         pipeline.to(device)
-        return cls(pipeline, source, lora=lora, train=train)
+        return cls(pipeline, source, lora=lora, train=train, reference_dtype=dtype if full else None)
 
     def _upcast_adapter(self) -> None:
         for parameter in self.trainable_parameters():

@@ -17,13 +17,16 @@ INDEX_NAMES = ("index.jsonl", "index.parquet")
 
 
 def find_index(config: DataConfig) -> Path | None:
-    """The index file of the configured folder, None if it is a folder of another kind.
+    """The index file that is configured or lies in the configured folder, None if the source is of another kind.
 
     Raises:
         ValueError: If the folder, or an index that the config names or its format requires, is not there.
     """
     folder = config.train_data_dir
     if folder is None:
+        file = Path(config.dataset_name or "")
+        if file.suffix in (".jsonl", ".json") and file.is_file():  # JSON holds no images, so its rows name files
+            return file
         if config.format == "folder":
             raise ValueError("format folder needs train_data_dir, found dataset_name; set train_data_dir instead")
         return None
@@ -35,12 +38,12 @@ def find_index(config: DataConfig) -> Path | None:
             return folder / name
     if config.index is not None or config.format == "folder":
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"no {' or '.join(names)} in {folder} (found {found}); set data.index to the index file's name")
+        raise ValueError(f"no {' or '.join(names)} in {folder} (found {found}); name the file in data.index")
     return None
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL or parquet index.
+    """All rows of a JSONL, JSON (one list) or parquet index.
 
     The last line of a JSONL file may be torn, as a killed writer leaves it: it is left out with a warning.
 
@@ -50,10 +53,16 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
         return rows
-    if path.suffix != ".jsonl":
-        raise ValueError(f"index {path} ends in {path.suffix!r}; expected .jsonl or .parquet")
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"index {path} ends in {path.suffix!r}; expected .jsonl, .json or .parquet")
+    content = path.read_bytes()
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
+        listed = json.loads(content)
+        if not all(isinstance(row, dict) for row in listed):
+            raise ValueError(f"{path} is a list of other things than objects; expected one object per pair")
+        return list(listed)
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 TRANSFORM_VERSION = 1
@@ -69,7 +69,10 @@ class ImageSource:
             return ImageSource(bytes(cell))
         if isinstance(cell, str):
             if base is None:
-                raise ValueError(f"found the text {cell[:80]!r} in an image column, expected encoded images")
+                raise ValueError(
+                    f"found the text {cell[:80]!r} in an image column, expected encoded images; "
+                    "for file names set train_data_dir to their folder and index to this file"
+                )
             return ImageSource(file_inside(base, cell))
         if cell is None or isinstance(cell, bytes | Path | Image.Image):
             return ImageSource(cell)
@@ -115,6 +118,8 @@ class ImageSource:
             with Image.open(io.BytesIO(encoded)) as image:
                 image.load()
                 return _rgb(image)
+        except UnidentifiedImageError as error:  # its text holds a memory address, which no report should
+            raise CorruptImageError(f"{len(encoded)} bytes that are no image of a known format") from error
         except _DECODER_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CorruptImageError(f"{len(encoded)} bytes that are no readable image ({reason})") from error
@@ -143,10 +148,8 @@ def pixels(image: Image.Image, resolution: int) -> Tensor:
         Values 0..255, [3, resolution, resolution], uint8.
     """
     width, height = image.size
-    if width <= height:
-        size = (resolution, resolution * height // width)
-    else:
-        size = (resolution * width // height, resolution)
+    short = min(width, height)
+    size = (resolution * width // short, resolution * height // short)
     scaled = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - resolution) / 2.0) for side in size)
     cropped = scaled.crop((left, top, left + resolution, top + resolution))

@@ -92,6 +92,7 @@ class IndexedPairs(PairSet):
         self._numbers = numbers
         self._report = report
         self.size = len(numbers)
+        layout.pair(table[numbers[0]], numbers[0])  # raises if the image columns hold something else
         if isinstance(table, RowTable):  # the index names files, whose content counts
             self.fingerprint = content_fingerprint(self)
         else:
@@ -103,9 +104,6 @@ class IndexedPairs(PairSet):
     def __getitem__(self, position: int) -> Pair:
         number = self._numbers[position]
         return self._format.pair(self._table[number], number)
-
-    def __iter__(self) -> Iterator[Pair]:
-        return self.reader()
 
     @property
     def report(self) -> ReadReport:
@@ -144,7 +142,7 @@ class _StreamReader(Iterator[Pair]):
     def __init__(self, table: StreamTable, layout: PairFormat, limit: int | None, state: State | None) -> None:
         self._format = layout
         self._limit = limit
-        self._dataset = table.dataset
+        self._dataset = table.select(table.columns).dataset  # its own, because it remembers where it stands
         self.report = ReadReport()
         if state is not None:
             self.report = ReadReport.from_json(state["report"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -196,7 +196,7 @@ class PositionReader(Iterator[Pair]):
         return {"position": self._position}
 
 
-def content_fingerprint(pairs: Sequence[Pair]) -> str:
+def content_fingerprint(pairs: Iterable[Pair]) -> str:
     """A hash of names, prompts, weights and the images' own bytes; files may move without changing it."""
     total = hashlib.blake2b(digest_size=16)
     for pair in pairs:

@@ -13,7 +13,7 @@ import datasets
 
 from diffalign.data.config import DataConfig
 
-_MODULES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_MODULES = {".parquet": "parquet", ".arrow": "arrow"}
 
 Row = Mapping[str, Any]
 
@@ -124,14 +124,13 @@ def open_dataset(config: DataConfig, *, streaming: bool) -> DatasetTable | Strea
             raise  # the disk, not the name
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot open data set {name!r}, split {config.split!r}: {reason}") from error
-    base = (local if local.is_dir() else local.parent) if local.exists() else None
     identity = _identity(builder, config.split)
     if not streaming:
         whole = _undecoded(whole)
-        return DatasetTable(name, identity, tuple(whole.column_names), base, whole)
+        return DatasetTable(name, identity, tuple(whole.column_names), None, whole)
     stream = _undecoded(stream)
     columns = stream.column_names or tuple(next(iter(stream), {}))
-    return StreamTable(name, identity, tuple(columns), base, stream)
+    return StreamTable(name, identity, tuple(columns), None, stream)
 
 
 def _builder(config: DataConfig, local: Path) -> Any:
@@ -140,7 +139,7 @@ def _builder(config: DataConfig, local: Path) -> Any:
         module = _MODULES.get(local.suffix)
         if module is None:
             raise ValueError(f"a file of type {local.suffix!r}; expected one of {', '.join(_MODULES)}")
-        files = {config.split: str(local)}
+        files = {config.split.partition("[")[0]: str(local)}
         return datasets.load_dataset_builder(module, config.dataset_config_name, data_files=files, cache_dir=cache)
     return datasets.load_dataset_builder(str(local), config.dataset_config_name, cache_dir=cache)
 
@@ -153,7 +152,7 @@ def _saved(folder: Path, split: str) -> DatasetTable:
         loaded = loaded[split]
     identity = f"saved {loaded._fingerprint}"
     dataset = _undecoded(loaded)
-    return DatasetTable(str(folder), identity, tuple(dataset.column_names), folder, dataset)
+    return DatasetTable(str(folder), identity, tuple(dataset.column_names), None, dataset)
 
 
 def _undecoded(dataset: Any) -> Any:
@@ -169,11 +168,13 @@ def _identity(builder: Any, split: str) -> str:
 
     Equal for a stream and for the whole data set, so that both find the same encoded cache.
     """
-    files = (builder.config.data_files or {}).get(split) or []
+    files = builder.config.data_files or {}
+    name = split.partition("[")[0]
     versions = []
-    for file, origin in zip(files, getattr(files, "origin_metadata", ()), strict=False):
-        path = Path(file)
-        local = [path.name, path.stat().st_size] if path.exists() else [file]
-        versions.append([*local, *origin])
+    for group in [files[name]] if name in files else list(files.values()):
+        for file, origin in zip(group, getattr(group, "origin_metadata", ()), strict=False):
+            path = Path(file)
+            local = [path.name, path.stat().st_size] if path.exists() else [file]
+            versions.append([*local, *origin])
     parts = [builder.dataset_name, builder.config.name, split, versions or [builder.config_id, builder.hash]]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

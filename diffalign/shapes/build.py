@@ -37,6 +37,10 @@ TASK_WEIGHTS = {
 """How often each task is drawn in all three trainings."""
 
 
+FREE_STEPS = 3500
+"""Steps of the denoiser on freely placed scenes."""
+
+
 class PromptSampler:
     """Draws training prompts: first a task by `TASK_WEIGHTS`, then one of its prompts uniformly."""
 
@@ -157,18 +161,21 @@ def train_vae(work: Path, seed: int, steps: int) -> networks.AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(vae: networks.AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
+def encode_scenes(
+    vae: networks.AutoencoderKL, work: Path, seed: int, count: int, tidy: bool
+) -> tuple[Tensor, list[str]]:
     """Posterior means and deviations, [count, 16, 8, 8], of scenes of the training prompts, and the prompts."""
-    path = work / "scenes.pt"
+    path = work / ("tidy_scenes.pt" if tidy else "scenes.pt")
     if path.exists():
         state = torch.load(path, weights_only=True)
         return state["moments"], state["texts"]
     draw = PromptSampler()
     moments, texts = [], []
     for start in tqdm(range(0, count, 100), desc="encode scenes", unit="batch", mininterval=5):
-        generator, _ = _generators(seed, 2, start)
+        generator, _ = _generators(seed, 6 if tidy else 2, start)
         chosen = [draw(generator) for _ in range(100)]
-        posterior = vae.encode(to_pixels([render(draw_scene(p, generator)) for p in chosen])).latent_dist
+        scenes = [draw_scene(p, generator, tidy=tidy) for p in chosen]
+        posterior = vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
         texts += [p.text for p in chosen]
     state = {"moments": torch.cat(moments), "texts": texts}
@@ -179,27 +186,34 @@ def encode_scenes(vae: networks.AutoencoderKL, work: Path, seed: int, count: int
 def train_denoiser(
     work: Path, vae: networks.AutoencoderKL, seed: int, steps: int, scenes: int
 ) -> networks.StableDiffusionPipeline:
-    """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped."""
+    """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped.
+
+    The first `FREE_STEPS` see freely placed scenes, the others tidy ones, which a small network learns much sooner.
+    """
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(seed + 1)
     text_encoder, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
-    moments, texts = encode_scenes(vae, work, seed, scenes)
-    mean, std = moments.chunk(2, dim=1)
+    data = []
+    for tidy in (False, True):
+        moments, texts = encode_scenes(vae, work, seed, scenes // 2 if tidy else scenes, tidy)
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        data.append((*moments.chunk(2, dim=1), ids))
+    mean, std, _ = data[0]
     scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=scaling)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     scheduler = networks.build_scheduler()
     stage = Stage("denoiser", work, {"text_encoder": text_encoder, "unet": unet}, lr=6e-4, steps=steps, ema=0.999)
 
     def loss_of(step: int) -> Tensor:
         _, generator = _generators(seed, 3, step)
-        rows = torch.randint(len(ids), (64,), generator=generator)
+        mean, std, ids = data[step >= FREE_STEPS]
+        rows = torch.randint(len(ids), (32,), generator=generator)
         latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (64,), generator=generator)
+        timesteps = torch.randint(1000, (32,), generator=generator)
         noisy = scheduler.add_noise(latents * scaling, noise, timesteps)
-        dropped = torch.rand(64, 1, generator=generator) < 0.1
+        dropped = torch.rand(32, 1, generator=generator) < 0.1
         hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
         errors = (unet(noisy, timesteps, hidden).sample - noise).square().mean((1, 2, 3))
         cumulative = scheduler.alphas_cumprod[timesteps]
@@ -269,7 +283,7 @@ def export(out: Path, pipeline: Any, scorer: networks.CLIPModel) -> dict[str, fl
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 6000, scorer_steps: int = 3000,
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 8000, scorer_steps: int = 1875,
           scenes: int = 60_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
@@ -290,8 +304,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=6000)
-    parser.add_argument("--scorer-steps", type=int, default=3000)
+    parser.add_argument("--denoiser-steps", type=int, default=8000)
+    parser.add_argument("--scorer-steps", type=int, default=1875)
     parser.add_argument("--scenes", type=int, default=60_000)
     options = parser.parse_args()
     work = options.out / "work"

@@ -220,20 +220,28 @@ def parse_prompt(text: str) -> Prompt:
 # --- scenes ----------------------------------------------------------------------------------------------------
 
 
-def draw_scene(prompt: Prompt, generator: np.random.Generator) -> Scene:
-    """Invents a scene that `prompt` describes: free colours, places and sizes are drawn at random."""
+def draw_scene(prompt: Prompt, generator: np.random.Generator, *, tidy: bool = False) -> Scene:
+    """Invents a scene that `prompt` describes: free colours, places and sizes are drawn at random.
+
+    Args:
+        prompt: What the scene shows.
+        generator: Where the random numbers come from.
+        tidy: Put objects on an 8-pixel grid, in one size per number of objects, on one ground: the scenes that the
+            embedded base model draws. Otherwise places, sizes and ground vary freely.
+    """
     wanted = [(c.shape, c.color) for c in prompt.clauses for _ in range(c.count)]
     colors = [color or str(generator.choice(list(COLORS))) for _, color in wanted]
+    place = _place_tidily if tidy else _place
     while True:
-        things = _place([shape for shape, _ in wanted], colors, generator)
+        things = place([shape for shape, _ in wanted], colors, generator)
         if prompt.relation is None or related(things[0], things[1], prompt.relation, clearly=True):
             break
-    ground = int(generator.integers(228, 253))
+    ground = TIDY_GROUND if tidy else int(generator.integers(228, 253))
     return Scene(tuple(things), (ground, ground, ground))
 
 
 def _place(shapes: list[str], colors: list[str], generator: np.random.Generator) -> list[Thing]:
-    low, high = {1: (20, 32), 2: (18, 26)}.get(len(shapes), (16, 21))
+    low, high = {1: (20, 32), 2: (18, 26), 5: (12, 15)}.get(len(shapes), (16, 21))
     while True:
         things: list[Thing] = []
         for shape, color in zip(shapes, colors, strict=True):
@@ -241,6 +249,23 @@ def _place(shapes: list[str], colors: list[str], generator: np.random.Generator)
             edge = size / 2 + 3
             x, y = generator.uniform(edge, IMAGE_SIZE - edge, size=2)
             things.append(Thing(shape, color, float(x), float(y), size))
+        if all(_apart(a, b) for i, a in enumerate(things) for b in things[:i]):
+            return things
+
+
+TIDY_GROUND = 240
+_TIDY_SIZES = {1: 28.0, 2: 23.0, 3: 18.0, 4: 18.0}
+
+
+def _place_tidily(shapes: list[str], colors: list[str], generator: np.random.Generator) -> list[Thing]:
+    size = _TIDY_SIZES[len(shapes)]
+    grid = [c for c in range(8, IMAGE_SIZE, 8) if size / 2 + 3 <= c <= IMAGE_SIZE - size / 2 - 3]
+    while True:
+        places = generator.choice(grid, size=(len(shapes), 2))
+        things = [
+            Thing(shape, color, float(x), float(y), size)
+            for shape, color, (x, y) in zip(shapes, colors, places, strict=True)
+        ]
         if all(_apart(a, b) for i, a in enumerate(things) for b in things[:i]):
             return things
 

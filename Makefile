@@ -1,0 +1,65 @@
+# `make install` makes a virtual environment beside this file and installs diffalign into it, once; the other
+# targets call it first. Override PYTHON=python3.12 or VENV=/elsewhere as you like; pip's own settings
+# (PIP_INDEX_URL, PIP_NO_INDEX, pip.conf ...) are honoured.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+SEEDS ?= 0,1,2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.diffalign-installed
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo results test test-fast test-all check format build clean
+
+help:
+	@echo "make demo       align the embedded model and write runs/demo/report.html (about four minutes)"
+	@echo "make results    the same over the seeds $(SEEDS), pooled in runs/results"
+	@echo "make test       all tests that need neither network nor accelerator (under ten minutes)"
+	@echo "make test-fast  the quick ones (under one minute)"
+	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
+	@echo "make check      ruff, formatting and mypy"
+	@echo "make format     let ruff mend what it can"
+	@echo "make build      source distribution and wheel in dist/"
+	@echo "make install    only the virtual environment in $(VENV)"
+	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh scripts/install.sh
+	@touch $@
+
+demo: install
+	@$(BIN)/diffalign demo
+
+results: install
+	@$(BIN)/diffalign demo --output runs/results --seeds $(SEEDS)
+
+test: install
+	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not network"
+
+test-fast: install
+	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not network"
+
+test-all: install
+	@HF_HUB_OFFLINE=0 $(PYTEST)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases tests
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: install
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,155 @@
+"""The command line. Thin on purpose: it parses, calls `diffalign.commands`, and turns user errors into one line.
+
+Nothing heavy is imported before a command runs, so that `diffalign --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import click
+
+from diffalign import __version__
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+
+
+class _UserErrors(click.Group):
+    """Prints errors that the user can mend as one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RuntimeError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            if type(error) is RuntimeError or isinstance(error, UnicodeError):
+                raise  # not ours: a bug's traceback must not be hidden
+            for line in str(error).splitlines() or [type(error).__name__]:
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_UserErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks of user errors.")
+def cli(debug: bool) -> None:
+    """Preference alignment for text-to-image and text-to-video diffusion and flow models."""
+
+
+@cli.command()
+@click.option("--output", default="runs/demo", show_default=True, help="Folder of the run.")
+@click.option("--seeds", default="0", show_default=True, help="Comma-separated seeds; several are pooled at the end.")
+@click.option("--quick", is_flag=True, help="A few images and steps only: checks the installation, shows no effect.")
+def demo(output: str, seeds: str, quick: bool) -> None:
+    """Align the embedded model: sample pairs, score, train, evaluate, report. Nothing to download."""
+    _commands()
+    from diffalign import demo as body
+
+    body.run(output, [int(s) for s in seeds.split(",")], quick)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prompts", required=True, help="Text or JSONL file, or diffalign://shapes/held_out.")
+@click.option("--output", required=True, help="Folder for images/ and index.jsonl.")
+@click.option("--adapter", default=None, help="Trained weights: a run's output folder.")
+@click.option("--limit", type=int, default=None, help="Take only so many prompts.")
+@click.option("--num-images-per-prompt", type=int, default=1, show_default=True)
+@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--num-inference-steps", type=int, default=25, show_default=True)
+@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(model: str, prompts: str, output: str, adapter: str | None, limit: int | None, **sampling: Any) -> None:
+    """Sample images from MODEL (folder, Hub id or diffalign://shapes). Goes on where it was stopped."""
+    click.echo(_commands().sample(model, prompts, output, adapter, limit, sampling))
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+def pairs(config: str, overrides: tuple[str, ...]) -> None:
+    """Make preference pairs with the model of CONFIG: sample, score, keep best against worst."""
+    click.echo(_commands().pairs(config, overrides))
+
+
+@cli.command()
+@click.argument("index")
+@click.option("--model", "models", multiple=True, required=True, help="Reward model; may be repeated.")
+@click.option("--output", default=None, help="Scores as JSONL; default: scores.jsonl beside the index.")
+@click.option("--batch-size", type=int, default=32, show_default=True)
+def score(index: str, models: tuple[str, ...], output: str | None, batch_size: int) -> None:
+    """Score the images of INDEX (a JSONL with id, prompt, image). Goes on where it was stopped."""
+    click.echo(_commands().score(index, models, output, batch_size))
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+def train(config: str, overrides: tuple[str, ...]) -> None:
+    """Align the model of CONFIG on its pairs."""
+    click.echo(_commands().train(config, overrides))
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+def evaluate(config: str, overrides: tuple[str, ...]) -> None:
+    """Compare base and aligned model at equal seeds and equal guidance."""
+    click.echo(_commands().evaluate(config, overrides))
+
+
+@cli.command()
+@click.argument("run_dir")
+@click.option("--output", default=None, help="HTML file; default: report.html in the run's folder.")
+def report(run_dir: str, output: str | None) -> None:
+    """Write the HTML report of a run."""
+    click.echo(_commands().report(run_dir, output))
+
+
+@cli.command()
+@click.option("--output", default=".", help="Folder whose disk is looked at.")
+def doctor(output: str) -> None:
+    """Print versions, devices, attention backends, disk, and what is missing for which feature."""
+    click.echo(_commands().doctor(output))
+
+
+def _commands() -> ModuleType:
+    """The heavy half, with the libraries' own bars and hints switched off."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    return importlib.import_module("diffalign.commands")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `diffalign` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet()
+    run: Callable[..., Any] = cli.main
+    run(args=arguments, prog_name="diffalign", standalone_mode=True)
+
+
+def _quiet() -> None:
+    """Our own log lines on the terminal; the libraries' progress bars and hints off."""
+    import logging
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logger = logging.getLogger("diffalign")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

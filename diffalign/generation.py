@@ -1,0 +1,378 @@
+"""Images from prompts, into a folder, in a way that survives being killed: the body of `diffalign sample`.
+
+Nothing here imports torch: the configuration is read, and a wrong one refused, before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
+from diffalign.shapes import scenes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffalign.policy import Policy
+
+_log = logging.getLogger("diffalign")
+
+SHAPES_SOURCE = "diffalign://shapes/"
+INDEX_FILE = "index.jsonl"
+IMAGE_FOLDER = "images"
+_OWN_FIELDS = ("id", "prompt", "seed", "image")
+
+
+class NonFiniteImageError(ValueError):
+    """The model drew NaN or infinity instead of a picture."""
+
+
+class SamplingConfig(BaseModel):
+    """How images are drawn.
+
+    Attributes:
+        guidance_scale: Weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) in the convention of
+            diffusers: 1 switches it off.
+        num_inference_steps: Steps of the pipeline's sampler.
+        num_images_per_prompt: Images for each prompt, each with its own seed.
+        batch_size: Images per forward pass. It changes the last digits of float32 sums, so it belongs to the settings
+            that a folder is tied to.
+        seed: Of the run; each image's seed is derived from it, see `image_seed`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    guidance_scale: float = Field(default=7.5, ge=0, allow_inf_nan=False)
+    num_inference_steps: int = Field(default=25, ge=1)
+    num_images_per_prompt: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and whatever else its source says about it (`task`, tags, ...), as JSON values."""
+
+    prompt: str
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw.
+
+    Attributes:
+        id: Unique in its list; letters, digits, `.`, `_` and `-`, since it names the image file.
+        prompt: What to draw.
+        seed: Seed of the image's own generator, 0 <= seed < 2**31.
+        extras: Further fields of the image's index row, as JSON values.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str:
+        """Where the image lies, relative to the output folder."""
+        return f"{IMAGE_FOLDER}/{self.id}.png"
+
+    def row(self) -> dict[str, Any]:
+        """The image's row in the index."""
+        return {"id": self.id, "prompt": self.prompt, "seed": self.seed, "image": self.image, **self.extras}
+
+
+def generate(
+    policy: Policy,
+    requests: Sequence[Request],
+    out_dir: str | Path,
+    sampling: SamplingConfig,
+    *,
+    reference: bool = False,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Draws all requested images into a folder; a rerun goes on where a killed run was.
+
+    Writes `images/<id>.png`, `index.jsonl` with one row per image in the order of the requests, and `settings.json`
+    with everything the images depend on. Batches are cut from the list of requests alone and a batch that was not
+    finished is drawn again as a whole, so that the folder of an interrupted run is equal, byte for byte, to that of an
+    uninterrupted one. In the middle of a run every row of the index has its image.
+
+    Args:
+        policy: Draws the images.
+        requests: What to draw.
+        out_dir: Output folder; new, or of an earlier run with the same requests and settings.
+        sampling: Guidance, steps and batch size; its seed and number of images are used by `make_requests` only.
+        reference: Draw with the frozen reference's weights instead of the policy's.
+        settings: What else the images depend on and a reader should find in `settings.json`: path of the model, of
+            the adapter. The hash of the weights is added, unless given as `weights`.
+
+    Returns:
+        Path of the index.
+
+    Raises:
+        ValueError: If requests are empty, or share or misspell an id; if the folder holds images of other settings.
+        NonFiniteImageError: If the model draws NaN; no file is written for that image.
+    """
+    _check(requests)
+    out_dir = Path(out_dir)
+    _warn_of_long_prompts(policy, requests)
+    claim_folder(out_dir, _everything(policy, requests, sampling, reference, settings), (INDEX_FILE, IMAGE_FOLDER))
+    (out_dir / IMAGE_FOLDER).mkdir(exist_ok=True)
+    lines = {request.id: to_line(request.row()) for request in requests}
+
+    def is_current(row: Row) -> bool:
+        return to_line(row) == lines[row["id"]] and (out_dir / row["image"]).is_file()
+
+    log = RowLog(out_dir / INDEX_FILE, list(lines), sampling.batch_size, is_current)
+    with tqdm(total=len(requests), initial=log.done, desc="sampling", unit="image", dynamic_ncols=True) as progress:
+        for chunk in log.todo:
+            batch = requests[chunk.start : chunk.stop]
+            images = policy.sample(
+                [request.prompt for request in batch],
+                [request.seed for request in batch],
+                guidance_scale=sampling.guidance_scale,
+                num_inference_steps=sampling.num_inference_steps,
+                reference=reference,
+            )
+            for request, image in zip(batch, images, strict=True):
+                write_atomically(out_dir / request.image, to_png(_finite(image, request)))
+            log.append([request.row() for request in batch])
+            progress.update(len(batch))
+    log.finish()
+    return log.path
+
+
+def make_requests(prompts: Sequence[PromptRow], sampling: SamplingConfig) -> list[Request]:
+    """`num_images_per_prompt` requests for each prompt, prompt by prompt.
+
+    Ids are `<number of the prompt>-<number of the sample>`. A prompt that stands twice in the list goes on counting
+    its samples, so that its images differ.
+    """
+    seen: dict[str, int] = {}
+    requests = []
+    for number, row in enumerate(prompts):
+        for sample in range(sampling.num_images_per_prompt):
+            drawn = seen.get(row.prompt, 0)
+            seen[row.prompt] = drawn + 1
+            seed = image_seed(sampling.seed, row.prompt, drawn)
+            requests.append(Request(f"{number:05d}-{sample:02d}", row.prompt, seed, row.extras))
+    return requests
+
+
+def image_seed(run_seed: int, prompt: str, sample: int) -> int:
+    """Seed of one image, 0 <= seed < 2**31: a function of its arguments only, the same on every machine."""
+    key = json.dumps(["image", run_seed, prompt, sample]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
+def to_png(image: Tensor) -> bytes:
+    """An image [3, H, W] in [0, 1] as the bytes of an 8-bit RGB PNG file."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def weights_fingerprint(policy: Policy, *, reference: bool = False) -> str:
+    """A hash of the weights that draw an image: denoiser, autoencoder and text encoder.
+
+    With `reference`, adapters are left out, so that the reference has one fingerprint whatever adapter lies on it. A
+    reference that is a frozen copy is named by the live weights beside it: too strict, never too lax.
+    """
+    digest = hashlib.blake2b(policy.encoder_fingerprint().encode(), digest_size=16)
+    for name, tensor in sorted(policy.denoiser.state_dict().items()):
+        if reference and "lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")  # peft's name for a layer under an adapter
+        digest.update(f"{plain if reference else name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _everything(
+    policy: Policy,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    reference: bool,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    digest = hashlib.blake2b("".join(to_line(request.row()) for request in requests).encode(), digest_size=8)
+    first = requests[0]
+    everything = {
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "batch_size": sampling.batch_size,
+        "requests": f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}",
+        "reference": reference,
+        "device": next(policy.denoiser.parameters()).device.type,
+        **settings,
+    }
+    if "weights" not in everything:
+        everything["weights"] = weights_fingerprint(policy, reference=reference)
+    return everything
+
+
+def _check(requests: Sequence[Request]) -> None:
+    if not requests:
+        raise ValueError("there is nothing to draw: the list of requests is empty; expected at least one prompt")
+    seen: set[str] = set()
+    for request in requests:
+        if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", request.id) is None:
+            raise ValueError(f"request id {request.id!r} cannot name a file; use letters, digits, '.', '_' and '-'")
+        if request.id in seen:
+            raise ValueError(f"request id {request.id!r} occurs twice; every image needs an id of its own")
+        if not 0 <= request.seed < 2**31:
+            raise ValueError(f"request {request.id}: seed must be in 0..2**31-1, got {request.seed}")
+        clash = [name for name in _OWN_FIELDS if name in request.extras]
+        if clash:
+            raise ValueError(f"request {request.id}: extra field {clash[0]!r} would hide the image's own; rename it")
+        seen.add(request.id)
+
+
+def _warn_of_long_prompts(policy: Policy, requests: Sequence[Request]) -> None:
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    long = sum(count > policy.max_tokens for count in policy.token_counts(prompts))
+    if long:
+        _log.warning(
+            "%d of %d prompts are longer than the %d tokens that the text encoder reads; their ends are cut off",
+            long,
+            len(prompts),
+            policy.max_tokens,
+        )
+
+
+def _finite(image: Tensor, request: Request) -> Tensor:
+    if not bool(image.isfinite().all()):
+        raise NonFiniteImageError(
+            f"image {request.id} is not finite (prompt {request.prompt!r}, seed {request.seed}); the weights may have "
+            "diverged, or the dtype may be too narrow: check the adapter, or sample in float32"
+        )
+    return image
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(
+    source: str,
+    limit: int | None = None,
+    seed: int = 0,
+    task_weights: Mapping[str, float] | None = None,
+) -> list[PromptRow]:
+    """The prompts of a source, in its order.
+
+    Args:
+        source: A text file with one prompt a line (blank lines are skipped); a `.jsonl` file whose rows have a
+            `prompt` field, and maybe others, which are kept; or `diffalign://shapes/train` and
+            `diffalign://shapes/held_out`, the prompts of the embedded world with their `task`. A file that is not
+            there is looked for among the packaged `configs/prompts/`.
+        limit: At most so many. Of a file the first ones; of the embedded world a seeded choice, balanced over the
+            tasks (all of a task that has fewer). A larger limit keeps the choice of a smaller one.
+        seed: Of that choice.
+        task_weights: Embedded world only: a task's share of `limit` relative to the others'; 1 where not given, 0
+            leaves the task out.
+
+    Raises:
+        ValueError: If the source is missing, unknown, unreadable or empty, or an argument is out of range.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of prompts must be at least 1, got {limit}; leave it out to take all")
+    if source.startswith("diffalign://"):
+        return _embedded_prompts(source, limit, seed, task_weights or {})
+    if task_weights:
+        raise ValueError(f"task_weights need the embedded world ({SHAPES_SOURCE}train), found prompts: {source}")
+    path = _find_file(source)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"prompts file {path} is empty; expected one prompt a line")
+    if path.suffix.lower() == ".jsonl":
+        return [_parse(path, number, line) for number, line in numbered[:limit]]
+    return [PromptRow(line) for _, line in numbered[:limit]]
+
+
+def _find_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    packaged = Path(str(resources.files("diffalign.configs") / "prompts" / path.name))
+    if not path.exists() and path.parent in (Path(), Path("configs/prompts")) and packaged.is_file():
+        return packaged
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(
+            f"prompts file {source!r} {found}; expected a text file, a .jsonl file, {SHAPES_SOURCE}train or "
+            f"{SHAPES_SOURCE}held_out"
+        )
+    return path
+
+
+def _parse(path: Path, number: int, line: str) -> PromptRow:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} of {path} is no JSON ({error}); repair or remove it") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise ValueError(f'line {number} of {path} has no prompt; expected an object like {{"prompt": "a red cube"}}')
+    prompt = row.pop("prompt")
+    return PromptRow(prompt, {f"source_{k}" if k in _OWN_FIELDS else k: v for k, v in row.items()})
+
+
+def _embedded_prompts(source: str, limit: int | None, seed: int, task_weights: Mapping[str, float]) -> list[PromptRow]:
+    known = [SHAPES_SOURCE + split for split in ("train", "held_out", "all")]
+    if source not in known:
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown embedded prompts {source!r}{hint} (available: {', '.join(known)})")
+    for task, weight in task_weights.items():
+        if task not in scenes.TASKS:
+            raise ValueError(f"task_weights: unknown task {task!r} (available: {', '.join(scenes.TASKS)})")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"task_weights: the weight of {task} must be a finite number >= 0, got {weight}")
+    split = cast(scenes.Split, source.removeprefix(SHAPES_SOURCE))
+    weights = {task: task_weights.get(task, 1.0) for task in scenes.TASKS}
+    by_task = {task: scenes.prompts(split, task) for task in scenes.TASKS if weights[task] > 0}
+    total = sum(len(found) for found in by_task.values())
+    if total == 0:
+        raise ValueError("task_weights leave no task: all weights are 0; expected one above 0")
+    shares = task_shares({task: len(found) for task, found in by_task.items()}, limit or total, weights)
+    chosen: set[str] = set()
+    for task, found in by_task.items():
+        ranked = sorted((p.text for p in found), key=lambda text: image_seed(seed, f"choice/{text}", 0))
+        chosen.update(ranked[: shares[task]])
+    return [PromptRow(p.text, {"task": p.task}) for p in scenes.prompts(split) if p.text in chosen]
+
+
+def task_shares(sizes: Mapping[str, int], total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """How many of `total` each task gets: in proportion to the weights, never more than the task has.
+
+    Seats are given one by one to the task with the smallest (seats + 1/2) / weight among those with prompts left
+    (Sainte-Laguë's rule); equal weights give numbers that differ by at most one.
+
+    Args:
+        sizes: Prompts of each task.
+        total: How many to give out; all of them if there are fewer.
+        weights: Positive weight of each task.
+    """
+    shares = dict.fromkeys(sizes, 0)
+    for _ in range(min(total, sum(sizes.values()))):
+        left = [task for task in sizes if shares[task] < sizes[task]]
+        shares[min(left, key=lambda task: (shares[task] + 0.5) / weights[task])] += 1
+    return shares

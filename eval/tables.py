@@ -1,0 +1,169 @@
+"""Comparisons as text: numbers with their units, a verdict in one sentence, and plain tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffalign.eval.base import Score
+from diffalign.eval.compare import Comparison, Pool
+
+MISSING = "-"
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Four significant digits; for differences three, with their sign."""
+    if value is None:
+        return MISSING
+    return f"{value:+.3g}" if signed else f"{value:.4g}"
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    """A share in [0, 1] as percent, one decimal; differences of shares as points with a sign."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f} %"
+
+
+def interval(score: Score, shares: bool, signed: bool = False) -> str:
+    """The 95 % interval in brackets, in percent where the score is a share; empty where there is none."""
+    if score.ci95 is None:
+        return ""
+    low, high = score.ci95
+    if not shares:
+        return f"[{number(low, signed)}, {number(high, signed)}]"
+    return f"[{100 * low:+.1f}, {100 * high:+.1f}]" if signed else f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _share(score: Score) -> str:
+    return f"{percent(score.value)} {interval(score, shares=True)}".strip()
+
+
+def _points(score: Score) -> str:
+    return f"{percent(score.value, signed=True)} {interval(score, shares=True, signed=True)}".strip()
+
+
+def scorer_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """One row of texts per scorer."""
+    rows = []
+    for name in comparison.scorers:
+        win, gain = comparison.win_rate(name), comparison.difference(name)
+        counts = [str(win.details.get(kind, 0)) for kind in ("wins", "ties", "losses")]
+        rows.append(
+            {
+                "scorer": name,
+                "base": number(gain.details.get("base")),
+                "aligned": number(gain.details.get("aligned")),
+                "difference [95 %]": f"{number(gain.value, True)} {interval(gain, False, True)}".strip(),
+                "win rate [95 %]": _share(win),
+                "wins/ties/losses": "/".join(counts),
+                "pairs": str(win.n),
+            }
+        )
+    return rows
+
+
+def task_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """One row of texts per task and a last one for their mean; empty without a judge."""
+    if comparison.judge("difference") is None:
+        return []
+    lines = {task: {side: scores[f"correct/{side}"] for side in _SIDES} for task, scores in comparison.groups.items()}
+    lines["mean of tasks"] = {side: comparison.scores[f"judge_score/{side}"] for side in _SIDES}
+    return [
+        {
+            "task": task,
+            "base": percent(scores["base"].value),
+            "aligned": percent(scores["aligned"].value),
+            "difference [95 %]": _points(scores["difference"]),
+            "pairs": str(scores["difference"].n),
+        }
+        for task, scores in lines.items()
+    ]
+
+
+_SIDES = ("base", "aligned", "difference")
+
+
+def verdict(comparison: Comparison, scorer: str | None = None) -> str:
+    """What the comparison says, in one sentence, and no more than its intervals allow.
+
+    Args:
+        comparison: The numbers.
+        scorer: The scorer to speak of; None takes the first.
+    """
+    scorer = scorer or next(iter(comparison.scorers), None)
+    win = comparison.win_rate(scorer) if scorer else None
+    judge = comparison.judge("difference")
+    parts, signs = [], []
+    if win is not None and win.value is not None:
+        range_ = f" (95 % {interval(win, shares=True)})" if win.ci95 else ""
+        parts.append(f"it wins {percent(win.value)} of {win.n} pairs under {scorer}{range_}")
+        signs.append(_side(win, 0.5))
+    if judge is not None and judge.value is not None:
+        base, aligned = comparison.scores["judge_score/base"], comparison.scores["judge_score/aligned"]
+        range_ = f", 95 % {interval(judge, shares=True, signed=True)}" if judge.ci95 else ""
+        change = f"{percent(judge.value, signed=True)} points{range_}"
+        parts.append(f"the judge score goes from {percent(base.value)} to {percent(aligned.value)} ({change})")
+        signs.append(_side(judge, 0.0))
+    if not parts:
+        return "No score of both models can be compared."
+    if min(signs) < 0 < max(signs):
+        head = "The scorer and the judge disagree about the aligned model, a sign of reward hacking"
+    elif max(signs) > 0:
+        head = "The aligned model is better than its base"
+    elif min(signs) < 0:
+        head = "The aligned model is worse than its base"
+    else:
+        head = "No clear difference between the aligned model and its base"
+    partial = f" (partial: {comparison.n_missing} of {comparison.n_expected} pairs are missing)" * comparison.partial
+    return f"{head}: {' and '.join(parts)}{partial}."
+
+
+def _side(score: Score, middle: float) -> int:
+    """1 or -1 when the interval lies wholly above or below `middle`, else 0."""
+    if score.ci95 is None:
+        return 0
+    return int(score.ci95.low > middle) - int(score.ci95.high < middle)
+
+
+def render_table(comparison: Comparison, scorer: str | None = None) -> str:
+    """The comparison for a terminal: scorers, tasks, warnings and the verdict, without a line break at the end."""
+    sampling = ", ".join(f"{name} {value}" for name, value in comparison.sampling.items() if _is_short(value))
+    head = f"base against aligned: {comparison.n_expected - comparison.n_missing} pairs ({sampling})"
+    blocks = [head + " PARTIAL" * comparison.partial, _table(scorer_rows(comparison)), _table(task_rows(comparison))]
+    blocks.append("\n".join(f"warning: {text}" for text in comparison.warnings))
+    blocks.append(verdict(comparison, scorer))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def render_pool(pool: Pool, scorer: str | None = None) -> str:
+    """Every run of a pool on a line of its own, then the pooled comparison."""
+    rows = []
+    for name, comparison in [*pool.runs.items(), ("all runs", pool.pooled)]:
+        row = {"run": name}
+        for one in comparison.scorers:
+            win = comparison.win_rate(one)
+            row[f"wins under {one}"] = _share(win)
+        judge = comparison.judge("difference")
+        if judge is not None:
+            row["judge score, points"] = _points(judge)
+        rows.append(row | {"pairs": str(comparison.n_expected - comparison.n_missing)})
+    return _table(rows) + "\n\n" + render_table(pool.pooled, scorer)
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str | int | float) and len(str(value)) <= 24
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    """Columns side by side: the first to the left, the others to the right, a rule under the heads."""
+    if not rows:
+        return ""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    lines = [heads, *([row.get(head, MISSING) for head in heads] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    texts = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        texts.append("  ".join([first.ljust(widths[0]), *cells]))
+    texts.insert(1, "-" * len(texts[0]))
+    return "\n".join(text.rstrip() for text in texts)
