@@ -27,14 +27,14 @@ def set_attention(denoiser: nn.Module, name: str) -> int:
             raise ValueError(f"found no attention module in {type(denoiser).__name__}")
         return len(processors)
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise ValueError("attention: xformers is not installed; run `pip install 'diffalign[xformers]'` or use 'native'")
+        raise ValueError(
+            "attention: xformers is not installed; run `pip install 'diffalign[xformers]'` or use 'native'"
+        )
     switch_backend = getattr(denoiser, "set_attention_backend", None)
     try:
         if switch_backend is not None:
             switch_backend(name)
-            reached = sum(
-                getattr(m.processor, "_attention_backend", None) is not None for m in processors.values()
-            )
+            reached = sum(getattr(m.processor, "_attention_backend", None) is not None for m in processors.values())
             if reached:
                 return reached
         if name == "xformers":

@@ -360,9 +360,7 @@ def _score_side(index: Path, models: Sequence[Any], benchmark: str | None, out: 
         if judge is not None:
             picture = pil_to_tensor(to_rgb(index.parent / item["image"])).float() / 255
             verdict = judge.score(picture[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
-            row = dataclasses.replace(
-                row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence
-            )
+            row = dataclasses.replace(row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence)
         rows.append(row)
     write_rows(out, rows)
 

@@ -74,9 +74,7 @@ class _Terminated:
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a run: precision and trackers as configured."""
     report_to = None if config.report_to in (None, "none") else config.report_to
-    return Accelerator(
-        mixed_precision=config.mixed_precision, log_with=report_to, project_dir=config.output_dir
-    )
+    return Accelerator(mixed_precision=config.mixed_precision, log_with=report_to, project_dir=config.output_dir)
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig, pairs_per_step: int) -> Any:
@@ -387,9 +385,7 @@ def replay(path: Path, trainer: Any) -> Any:
         for name, parameter in trainer.policy.named_trainable():
             parameter.copy_(state["weights"][name])
     draws = tuple(Draw(*draw) for draw in state["draws"])
-    batch = PairBatch(
-        Conditioning(state["conditioning"]), state["chosen"], state["rejected"], state["weight"], draws
-    )
+    batch = PairBatch(Conditioning(state["conditioning"]), state["chosen"], state["rejected"], state["weight"], draws)
     return trainer.loss(batch)
 
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from diffalign.eval import statistics
 from diffalign.eval.base import Report, Row, Score, read_rows, unique_rows
-from diffalign.eval.statistics import Interval
 
 SIDES = ("base", "aligned")
 REQUIRED_SETTINGS = ("guidance_scale", "num_inference_steps")
+SEED_SETTINGS = ("seed", "seeds", "seed_rule")
+"""Settings that must agree inside a run, and may differ between the runs of a pool."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def pool(
     the training runs themselves differ is in `spread` and in the runs, all of which are reported.
 
     Raises:
-        ValueError: If there is no run, or runs were sampled with different settings.
+        ValueError: If there is no run, or runs were sampled with different settings; only their seeds may differ.
     """
     if not runs:
         raise ValueError("there is no run to pool")
@@ -196,11 +197,12 @@ def pool(
         found, absent = _pair(run.base, run.aligned, run.n_expected)
         pairs += found
         missing += absent
-    first = next(iter(samplings))
-    for name, sampling in samplings.items():
-        _refuse_different(samplings[first], sampling, first, name)
+    common = [{k: v for k, v in s.items() if k not in SEED_SETTINGS} for s in samplings.values()]
+    for name, sampling in zip(samplings, common, strict=True):
+        _refuse_different(common[0], sampling, next(iter(samplings)), name)
+    seeds = {k: values for k in SEED_SETTINGS if (values := [s[k] for s in samplings.values() if k in s])}
     model = {name: comparison.model for name, comparison in comparisons.items()}
-    pooled = _summarise(pairs, missing, samplings[first], model, benchmark, resamples, seed)
+    pooled = _summarise(pairs, missing, common[0] | seeds, model, benchmark, resamples, seed)
     spread = {}
     for name in pooled.scores:
         values = [s.value for c in comparisons.values() if (s := c.scores.get(name)) and s.value is not None]
@@ -330,9 +332,7 @@ def _scorer(name: str, pairs: Sequence[Pair], expected: int, bootstrap: Mapping[
     wins = statistics.win_rate(differences)
     wilson = statistics.wilson_interval(wins.value, wins.n)
     clustered = len(set(prompts)) < len(prompts)
-    interval: Interval | None = wilson
-    if clustered:
-        interval = statistics.bootstrap_mean(statistics.outcomes(differences), prompts, **bootstrap)
+    over_prompts = statistics.bootstrap_mean(statistics.outcomes(differences), prompts, **bootstrap)
     details = {
         "wins": wins.wins,
         "losses": wins.losses,
@@ -340,17 +340,17 @@ def _scorer(name: str, pairs: Sequence[Pair], expected: int, bootstrap: Mapping[
         "prompts": len(set(prompts)),
         "interval": "bootstrap over prompts" if clustered else "Wilson",
         "wilson_ci95": wilson,
+        "prompts_ci95": over_prompts,
         "sign_test_p": None if clustered else statistics.sign_test(wins.wins, wins.losses),
     }
-    means = {"base": float(base.mean()), "aligned": float(aligned.mean())}
     return {
-        f"win_rate/{name}": Score(wins.value, interval, wins.n, missing, details=details),
+        f"win_rate/{name}": Score(wins.value, over_prompts if clustered else wilson, wins.n, missing, details=details),
         f"difference/{name}": Score(
             float(differences.mean()),
             statistics.bootstrap_mean(differences, prompts, **bootstrap),
             wins.n,
             missing,
-            details=means,
+            details={"base": float(base.mean()), "aligned": float(aligned.mean())},
         ),
     }
 

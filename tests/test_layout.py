@@ -139,13 +139,15 @@ def test_import_is_light(module: str) -> None:
 def test_plugins_are_classes_found_by_file_name(kind: plugins.Kind) -> None:
     names = plugins.available(kind)
     assert names
+    base = importlib.import_module(f"diffalign.{kind}.base")
+    bases = tuple(c for c in vars(base).values() if inspect.isclass(c) and c.__module__ == base.__name__)
     for name in names:
         module = importlib.import_module(f"diffalign.{kind}.{name}")
-        assert hasattr(module, "__all__"), (
-            f"{kind}/{name}.py has no __all__; a shared module belongs in plugins._SHARED"
-        )
+        hint = f"{kind}/{name}.py is no plugin; a module that plugins share belongs in plugins._SHARED"
+        assert hasattr(module, "__all__"), hint
         plugin = plugins.find(kind, name)
-        assert inspect.isclass(plugin), f"{kind}/{name}.py: __all__ starts with {module.__all__[0]}, not a class"
+        assert inspect.isclass(plugin), hint
+        assert issubclass(plugin, bases), hint
         assert plugin.__module__ == module.__name__
         assert not inspect.isabstract(plugin), f"{kind}/{name}.py: {plugin.__name__} is abstract"
     for name in plugins._SHARED:  # a name that no longer exists would hide a plugin of that name

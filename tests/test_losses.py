@@ -89,7 +89,7 @@ def test_robust_loss_stays_constant_beyond_its_cap() -> None:
     margin = torch.tensor([ROBUST_CAP + 1, ROBUST_CAP + 500], dtype=torch.float64, requires_grad=True)
     loss = robust_loss(margin, 1.0, 0.1)
     loss.sum().backward()
-    assert float(loss[0]) == float(loss[1])
+    assert loss[0].item() == loss[1].item()
     assert margin.grad is not None
     assert margin.grad.tolist() == [0, 0]
 

@@ -107,7 +107,7 @@ class PairTrainer:
 
     @property
     def kappa(self) -> float:
-        """beta / 2: the factor of the error difference inside the sigmoid, the only number that matters."""
+        """Half of beta: the factor of the error difference inside the sigmoid, the only number that matters."""
         return self.beta / 2
 
     def describe(self) -> str:
@@ -182,9 +182,7 @@ class PairTrainer:
     # --- logs --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def metrics(
-        self, losses: Tensor, margin: Tensor, error: Tensor, reference_error: Tensor
-    ) -> dict[str, Tensor]:
+    def metrics(self, losses: Tensor, margin: Tensor, error: Tensor, reference_error: Tensor) -> dict[str, Tensor]:
         """The mandatory logs, detached scalars.
 
         `z` = beta * margin; `implicit_accuracy` counts z = 0 as one half; `gate` = sigmoid(-z) scales every

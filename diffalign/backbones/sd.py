@@ -171,7 +171,10 @@ class StableDiffusionPolicy(Policy):
             digest.update(f"{self.max_tokens} {self.scaling} {self.shift}".encode())
             for part in ("vae", "text_encoder"):
                 module = self._encoder(part)
-                settings = {k: str(v) for k, v in dict(module.config.items() if part == "vae" else module.config.to_dict()).items()}
+                settings = {
+                    k: str(v)
+                    for k, v in dict(module.config.items() if part == "vae" else module.config.to_dict()).items()
+                }
                 settings.pop("_name_or_path", None)
                 digest.update(json.dumps(settings, sort_keys=True).encode())
                 for name, tensor in sorted(module.state_dict().items()):
@@ -197,9 +200,7 @@ class StableDiffusionPolicy(Policy):
             "variant": self.source.variant,
             "use_safetensors": True,
         }
-        vae = AutoencoderKL.from_pretrained(
-            self.source.location, subfolder="vae", torch_dtype=torch.float32, **options
-        )
+        vae = AutoencoderKL.from_pretrained(self.source.location, subfolder="vae", torch_dtype=torch.float32, **options)
         text = CLIPTextModel.from_pretrained(
             self.source.location, subfolder="text_encoder", dtype=torch.float32, **options
         )

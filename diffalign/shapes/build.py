@@ -50,6 +50,7 @@ class PromptSampler:
         self.prompts = {t: prompts("train", t) for t in self.tasks}
 
     def __call__(self, generator: np.random.Generator) -> Prompt:
+        """The next prompt."""
         task = self.tasks[int(generator.choice(len(self.tasks), p=self.weights))]
         return self.prompts[task][int(generator.integers(len(self.prompts[task])))]
 
@@ -83,6 +84,7 @@ class Stage:
             self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
 
     def save(self) -> None:
+        """Writes the state file, whole or not at all."""
         state = {
             "modules": {key: module.state_dict() for key, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -283,7 +285,7 @@ def export(out: Path, pipeline: Any, scorer: networks.CLIPModel) -> dict[str, fl
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 8000, scorer_steps: int = 1875,
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 7000, scorer_steps: int = 1875,
           scenes: int = 60_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
@@ -304,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=8000)
+    parser.add_argument("--denoiser-steps", type=int, default=7000)
     parser.add_argument("--scorer-steps", type=int, default=1875)
     parser.add_argument("--scenes", type=int, default=60_000)
     options = parser.parse_args()

@@ -206,8 +206,8 @@ def test_a_folder_is_compared_and_a_damaged_one_refused(tmp_path):
     assert (comparison.benchmark, comparison.n_missing) == ("mine", 1)
 
 
-def a_run(seed, **sampling):
-    generator = np.random.default_rng(seed)
+def a_run(draw, **sampling):
+    generator = np.random.default_rng(draw)
     settings = {"sampling": {**SETTINGS["sampling"], **sampling}}
     base = rows([0.0] * 40, correct=[0] * 40)
     aligned = rows(generator.normal(0.5, 1, 40), correct=generator.integers(0, 2, 40))
@@ -218,7 +218,7 @@ def test_a_pool_reports_every_run_and_clusters_by_prompt():
     runs = {f"seed {i}": a_run(i) for i in range(3)}
     pooled = pool(runs)
     assert list(pooled.runs) == list(runs)
-    assert pooled.pooled.n_expected == 120
+    assert (pooled.pooled.n_expected, pooled.pooled.n_missing) == (120, 0)
     values = [c.win_rate("clip").value for c in pooled.runs.values()]
     assert pooled.pooled.win_rate("clip").value == pytest.approx(np.mean(values))
     assert pooled.spread["win_rate/clip"] == statistics.spread(values)
@@ -236,6 +236,18 @@ def test_the_same_run_three_times_is_no_more_certain_than_once():
     once, thrice = run.compare(), pool({"a": run, "b": run, "c": run}).pooled
     assert thrice.difference("clip").ci95 == pytest.approx(once.difference("clip").ci95, abs=1e-12)
     assert thrice.judge("difference").ci95 == pytest.approx(once.judge("difference").ci95, abs=1e-12)
+
+
+def test_runs_of_a_pool_may_have_seeds_of_their_own():
+    pooled = pool({"a": a_run(0, seed=0), "b": a_run(1, seed=1)}).pooled
+    assert pooled.sampling == {**SETTINGS["sampling"], "seed": [0, 1]}
+
+
+def test_a_pool_counts_what_its_runs_miss():
+    run = a_run(0)
+    short = replace(run, aligned=run.aligned[:-3], n_expected=45)
+    pooled = pool({"a": run, "b": short}).pooled
+    assert (pooled.n_expected, pooled.n_missing) == (85, 8)
 
 
 def test_pools_refuse_what_cannot_share_a_column():

@@ -42,7 +42,9 @@ class TablePolicy(Policy):
     share their noise.
     """
 
-    def __init__(self, answers: Tensor, reference_answers: Tensor, prediction: Prediction = Prediction.VELOCITY) -> None:
+    def __init__(
+        self, answers: Tensor, reference_answers: Tensor, prediction: Prediction = Prediction.VELOCITY
+    ) -> None:
         self.schedule: Schedule = FlowSchedule()
         self.prediction = prediction
         self.latent_shape = tuple(answers.shape[1:])
@@ -123,7 +125,7 @@ def test_01_loss_is_exactly_ln_2_for_a_fresh_adapter(lora_policy: Any, batches: 
     output = DiffusionDPO(lora_policy, beta=beta).loss(batches(4))
     ln2 = float(torch.tensor(math.log(2)))
     assert output.losses.tolist() == [ln2] * 4
-    assert float(output.loss) == ln2
+    assert output.loss.item() == ln2
     assert float(output.metrics["z_mean"]) == float(output.metrics["z_square"]) == 0
     assert float(output.metrics["implicit_accuracy"]) == 0.5
     assert float(output.metrics["gate"]) == 0.5
@@ -142,7 +144,7 @@ def test_01_loss_is_near_ln_2_with_a_half_precision_reference(tiny_pipeline: Pat
         torch.bfloat16
     )
     assert all(p.dtype == torch.float32 for p in policy.trainable_parameters())
-    loss = float(DiffusionDPO(policy, beta=20.0).loss(batches(8)).loss.detach())
+    loss = DiffusionDPO(policy, beta=20.0).loss(batches(8)).loss.item()
     assert 0 < abs(loss - math.log(2)) < 0.05
 
 
@@ -166,7 +168,7 @@ def test_02_golden_vector(beta: float, z: float, loss: float) -> None:
     assert metrics["z_square"] == pytest.approx(z**2, rel=1e-12)
     assert metrics["implicit_accuracy"] == 1
     assert metrics["gate"] == pytest.approx(1 / (1 + math.exp(z)), rel=1e-10)
-    assert metrics["loss"] == float(output.loss) == pytest.approx(loss, rel=1e-5)
+    assert metrics["loss"] == output.loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_03_golden_gradients() -> None:
@@ -185,8 +187,8 @@ def test_04_swapping_a_pair_negates_its_margin() -> None:
     """Check 7.1.4: loss(swapped) - loss = z; z changes sign; accuracy p becomes 1 - p."""
     plain = golden_trainer(beta=100.0).loss(golden_batch())
     swapped = golden_trainer(swapped=True, beta=100.0).loss(swap(golden_batch()))
-    assert float(swapped.loss - plain.loss) == pytest.approx(0.46875, abs=1e-12)
-    assert float(swapped.loss) == pytest.approx(0.954740, abs=5e-7)
+    assert (swapped.loss - plain.loss).item() == pytest.approx(0.46875, abs=1e-12)
+    assert swapped.loss.item() == pytest.approx(0.954740, abs=5e-7)
     assert float(swapped.metrics["z_mean"]) == -float(plain.metrics["z_mean"])
     assert (float(plain.metrics["implicit_accuracy"]), float(swapped.metrics["implicit_accuracy"])) == (1, 0)
 
@@ -197,7 +199,7 @@ def test_04_swapping_real_pairs_negates_their_margins(lora_policy: Any, batches:
     trainer, batch = DiffusionDPO(lora_policy, beta=100.0), batches(6)
     plain, swapped = trainer.loss(batch), trainer.loss(swap(batch))
     assert float(swapped.metrics["z_mean"]) == pytest.approx(-float(plain.metrics["z_mean"]), rel=1e-5)
-    assert float(swapped.loss - plain.loss) == pytest.approx(float(plain.metrics["z_mean"]), abs=1e-5)
+    assert (swapped.loss - plain.loss).item() == pytest.approx(float(plain.metrics["z_mean"]), abs=1e-5)
     accuracies = float(plain.metrics["implicit_accuracy"]), float(swapped.metrics["implicit_accuracy"])
     assert sum(accuracies) == pytest.approx(1)
     assert 0 < accuracies[0] < 1
@@ -237,7 +239,7 @@ def test_06_conventions_of_beta_agree(convention: str, beta: float) -> None:
     """Check 7.1.6: (mean, beta) equals (sum, beta / d), and the diffusers SD1.5 beta is half of this one."""
     plain, other = golden_trainer(beta=100.0), golden_trainer(beta=beta, beta_convention=convention)
     outputs = [trainer.loss(golden_batch()) for trainer in (plain, other)]
-    assert float(outputs[1].loss) == pytest.approx(float(outputs[0].loss), rel=1e-12)
+    assert outputs[1].loss.item() == pytest.approx(outputs[0].loss.item(), rel=1e-12)
     for output in outputs:
         output.loss.backward()
     torch.testing.assert_close(plain.policy.answers.grad, other.policy.answers.grad, rtol=1e-12, atol=0)
@@ -248,7 +250,7 @@ def test_06_mean_errors_equal_an_independent_sum_with_its_own_beta() -> None:
     """Check 7.1.6: the loss written with sums and beta / d, by hand."""
     sums = ((ANSWERS - TARGETS) ** 2).sum(1) - ((REFERENCE - TARGETS) ** 2).sum(1)
     by_hand = math.log1p(math.exp(0.5 * (100 / 4) * float(sums[0] - sums[1])))
-    assert float(golden_trainer(beta=100.0).loss(golden_batch()).loss) == pytest.approx(by_hand, rel=1e-12)
+    assert golden_trainer(beta=100.0).loss(golden_batch()).loss.item() == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_06_kappa_is_printed() -> None:
@@ -260,7 +262,7 @@ def test_06_kappa_is_printed() -> None:
 
 def test_07_a_larger_beta_gives_a_smaller_loss_to_a_won_pair() -> None:
     """Check 7.1.7: at fixed Delta < 0 the loss falls with beta."""
-    losses = [float(golden_trainer(beta=beta).loss(golden_batch()).loss) for beta in (1.0, 10.0, 100.0, 1000.0)]
+    losses = [golden_trainer(beta=beta).loss(golden_batch()).loss.item() for beta in (1.0, 10.0, 100.0, 1000.0)]
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) == 4
 
@@ -347,7 +349,7 @@ def test_10_permuting_pairs_permutes_their_losses(lora_policy: Any, batches: Bat
     assert float((mixed - losses).abs().max()) > 1e-3
 
 
-# --- 11, 12, 18: the trainer's side of the data contract -----------------------------------------------------------------
+# --- 11, 12, 18: the trainer's side of the data contract ---------------------------------------------------------
 
 
 def test_11_weights_scale_the_pairs_and_nothing_else(lora_policy: Any, batches: Batches, policies: Any) -> None:
@@ -357,7 +359,7 @@ def test_11_weights_scale_the_pairs_and_nothing_else(lora_policy: Any, batches: 
     weighted = dataclasses.replace(batch, weight=torch.tensor([2.0, 0.0]))
     output = trainer.loss(weighted)
     assert torch.equal(output.losses, trainer.loss(batch).losses)
-    assert float(output.loss) == pytest.approx(float(output.losses[0]))
+    assert output.loss.item() == pytest.approx(float(output.losses[0]))
     alone, both = gradients(trainer, rows(batch, [0])), gradients(trainer, weighted)
     scale = max(float(g.abs().max()) for g in alone.values())
     for name, gradient in alone.items():
@@ -456,8 +458,8 @@ def test_14_eight_micro_batches_of_one_are_a_batch_of_eight(lora_policy: Any, ba
     for name, gradient in whole.items():
         mean = torch.stack([part[name] for part in parts]).mean(0)
         torch.testing.assert_close(mean / scale, gradient / scale, rtol=0, atol=1e-6)
-    losses = [float(trainer.loss(batches(1, first=i)).loss) for i in range(8)]
-    assert float(trainer.loss(batches(8)).loss) == pytest.approx(sum(losses) / 8, abs=1e-6)
+    losses = [trainer.loss(batches(1, first=i)).loss.item() for i in range(8)]
+    assert trainer.loss(batches(8)).loss.item() == pytest.approx(sum(losses) / 8, abs=1e-6)
 
 
 def test_15_one_pair_can_be_learnt_by_heart(full_policy: Any, batches: Batches) -> None:
@@ -470,7 +472,7 @@ def test_15_one_pair_can_be_learnt_by_heart(full_policy: Any, batches: Batches) 
         optimizer.step()
     with torch.no_grad():
         learnt, swapped = trainer.loss(batch), trainer.loss(swap(batch))
-    assert float(learnt.loss) < 0.05
+    assert learnt.loss.item() < 0.05
     assert float(learnt.metrics["implicit_accuracy"]) == 1
     assert float(swapped.metrics["implicit_accuracy"]) == 0
 
@@ -568,7 +570,7 @@ def test_19_ipo_starts_at_a_quarter_with_slope_minus_one(lora_policy: Any, batch
 
 def test_19_ipo_of_the_golden_vector() -> None:
     """Check 7.1.19: (z - 1/2)^2 and kappa^2 (m - 1 / (2 kappa))^2 with m = -Delta."""
-    loss = float(golden_trainer(beta=100.0, loss_type="ipo").loss(golden_batch()).loss)
+    loss = golden_trainer(beta=100.0, loss_type="ipo").loss(golden_batch()).loss.item()
     assert loss == pytest.approx((0.46875 - 0.5) ** 2, rel=1e-10)
     assert loss == pytest.approx(50**2 * (0.009375 - 1 / 100) ** 2, rel=1e-10)
 
@@ -584,7 +586,7 @@ def test_19_ipo_of_the_golden_vector() -> None:
 def test_19_other_objectives_differ_only_in_the_loss_of_the_margin(options: Any, expected: float) -> None:
     """The golden vector under the other losses; the margin's logs stay the same."""
     output = golden_trainer(beta=100.0, **options).loss(golden_batch())
-    assert float(output.loss) == pytest.approx(expected, abs=1e-6)
+    assert output.loss.item() == pytest.approx(expected, abs=1e-6)
     assert float(output.metrics["z_mean"]) == pytest.approx(0.46875, rel=1e-12)
 
 
@@ -729,7 +731,7 @@ def test_single_precision_is_as_near_as_beta_allows(
     z = beta * trainer.margin(trainer.log_ratio(error, reference_error), trainer.noisy_states(batch)).detach()
     exact = beta * torch.stack(margins).detach()
     assert float((z.double() - exact).abs().max()) <= bound
-    assert abs(float(output.loss) - float(expected)) <= bound
+    assert abs(output.loss.item() - expected.item()) <= bound
     gate = float(torch.sigmoid(-exact).min())
     scale = max(float(leaf.grad.abs().max()) for leaf in leaves.values() if leaf.grad is not None)
     tolerance = scale * (bound / 4 / gate + 2**-15)
