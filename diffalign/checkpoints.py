@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
@@ -27,6 +28,20 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk looks like: torch.save reports its own RuntimeError, safetensors an error of another family."""
+
+
+def write_problem(error: BaseException, folder: Path) -> str:
+    """One line about a failed write: the operating system's own words if they are there, and the space left."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    reason = " ".join(str(cause or error).split())
+    here = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{reason} ({shutil.disk_usage(here).free / 1e6:.1f} MB free on this disk)"
 
 
 class CheckpointFolder:
@@ -82,12 +97,12 @@ class CheckpointFolder:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
-        except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its file writer, safetensors as its own error
+        except WRITE_ERRORS as error:
+            problem = write_problem(error, self.output_dir)
             shutil.rmtree(partial, ignore_errors=True)
             kept = self.steps()
             last = f"the last good checkpoint is {self.path(kept[-1])}" if kept else "there is no earlier checkpoint"
-            raise CheckpointError(f"could not save {final}: {error}; {last}. Free some space and resume") from error
+            raise CheckpointError(f"could not save {final}: {problem}; {last}; free some space and resume") from error
         if self.total_limit is not None:
             for old in self.steps()[: -self.total_limit]:
                 shutil.rmtree(self.path(old))

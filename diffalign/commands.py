@@ -65,7 +65,9 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     if config.pairs is None:
         raise ConfigError(f"{config_path} has no section 'pairs'; see configs/demo.yaml for one")
     source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
-    reward_model = load_reward_model(config.pairs.reward_model, **config.pairs.reward_options)
+    reward_model = load_reward_model(
+        config.pairs.reward_model, **{"device": pick_device(), **config.pairs.reward_options}
+    )
     policy = load_policy(source, adapter=config.model.adapter, device=pick_device())
     out = pairs_folder(config)
     model = {"model": config.model.pretrained_model_name_or_path, "adapter": config.model.adapter}
@@ -324,7 +326,6 @@ def evaluate_config(config: RunConfig) -> Any:
             "sampling": {
                 "guidance_scale": sampling.guidance_scale,
                 "num_inference_steps": sampling.num_inference_steps,
-                "seed": seed,
                 "prompts": evaluation.prompts,
             },
         }

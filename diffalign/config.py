@@ -198,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
-    return raw
+    return {key: section for key, section in raw.items() if section is not None}  # "training:" alone: all defaults
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,7 +223,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-    here[leaf] = yaml.load(value, Loader=_Loader)
+    try:
+        here[leaf] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from error
 
 
 def _explain(error: Mapping[str, Any]) -> str:

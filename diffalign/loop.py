@@ -27,6 +27,7 @@ from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
 from diffalign.monitor import EarlyWarnings, MetricsFile
+from diffalign.optimizers import make_optimizer
 
 logger = logging.getLogger("diffalign")
 
@@ -75,40 +76,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a run: precision and trackers as configured."""
     report_to = None if config.report_to in (None, "none") else config.report_to
     return Accelerator(mixed_precision=config.mixed_precision, log_with=report_to, project_dir=config.output_dir)
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig, pairs_per_step: int) -> Any:
-    """The optimizer that `config.optimizer` names.
-
-    Raises:
-        ValueError: If it needs a package that is not installed.
-    """
-    lr = config.learning_rate * (pairs_per_step if config.scale_lr else 1)
-    betas = (config.adam_beta1, config.adam_beta2)
-    if config.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
-            parameters,
-            lr=lr,
-            weight_decay=config.adam_weight_decay,
-            relative_step=False,
-            scale_parameter=False,
-            clip_threshold=1.0,
-        )
-    kwargs: dict[str, Any] = {
-        "lr": lr,
-        "betas": betas,
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes: pip install bitsandbytes") from error
-        return AdamW8bit(parameters, **kwargs)
-    return torch.optim.AdamW(parameters, **kwargs)
 
 
 def fit(
@@ -179,6 +146,7 @@ class _Run:
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.use_ema else None
         self.warnings = EarlyWarnings()
         self.step = 0
+        self._gradients_seen = False
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -232,6 +200,8 @@ class _Run:
             else:
                 with accelerator.no_sync(self.policy.wrapped):
                     self._micro_step(batch, sums)
+        if not self._gradients_seen:
+            self._check_gradients()
         limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
         self.optimizer.step()
@@ -262,11 +232,21 @@ class _Run:
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, 0) + value.double() / self.config.gradient_accumulation_steps
 
+    def _check_gradients(self) -> None:
+        """After the first backward pass: an adapter switched off at the wrong moment loses gradients silently."""
+        missing = [name for name, parameter in self.policy.named_trainable() if parameter.grad is None]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(self.parameters)} trained tensors got no gradient, {missing[0]} among them; "
+                "was the adapter still switched off for the reference when the loss was differentiated?"
+            )
+        self._gradients_seen = True
+
     def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over micro-batches and processes; z's deviation from its first two moments."""
         names = sorted(sums)
         stacked = torch.stack([sums[n] for n in names]).to(self.accelerator.device)
-        mean: Tensor = self.accelerator.reduce(stacked, reduction="mean")  # type: ignore[assignment]
+        mean: Tensor = self.accelerator.reduce(stacked, reduction="mean")
         values = dict(zip(names, mean.tolist(), strict=True))
         if "z_square" in values:
             values["z_std"] = max(values.pop("z_square") - values["z_mean"] ** 2, 0.0) ** 0.5
@@ -332,6 +312,7 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
+                self.ema.to(self.accelerator.device)
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.warnings.restore(state["warnings"])
@@ -353,10 +334,11 @@ class _Run:
                 self.ema.copy_to(self.parameters)
                 self.policy.save_trained(self.output_dir / "ema")
                 self.ema.restore(self.parameters)
-        except OSError as error:
+        except checkpoints.WRITE_ERRORS as error:
             raise checkpoints.CheckpointError(
-                f"could not save the trained weights in {self.output_dir}: {error}; "
-                f"they are in {self.folder.path(self.step)}"
+                f"could not save the trained weights in {self.output_dir}: "
+                f"{checkpoints.write_problem(error, self.output_dir)}; they are in {self.folder.path(self.step)}; "
+                "free some space and resume"
             ) from error
 
     def _anyone(self, flag: bool) -> bool:
@@ -364,7 +346,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return flag
         value = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(value, reduction="sum") > 0)  # type: ignore[operator]
+        return bool(self.accelerator.reduce(value, reduction="sum") > 0)
 
 
 def replay(path: Path, trainer: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.checkpoints import write_text
+from diffalign.checkpoints import CheckpointError, write_problem, write_text
 
 logger = logging.getLogger("diffalign")
 
@@ -44,10 +44,18 @@ class MetricsFile:
         write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line."""
+        """Appends one line.
+
+        Raises:
+            CheckpointError: If the disk is full or not writable.
+        """
         row = {"step": step, **{k: _finite(v) for k, v in values.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            problem = write_problem(error, self.path.parent)
+            raise CheckpointError(f"could not write {self.path}: {problem}; free some space and resume") from error
 
 
 def _finite(value: Any) -> Any:

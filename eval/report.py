@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import rc_context
@@ -71,7 +72,7 @@ def write_report(
     Args:
         run_dir: Folder of the run. All of it is optional: `config.yaml`, `metrics.jsonl`, `run.json` (facts about how
             the run was made, such as "commands" and "kappa"), `evaluation/` with `base.jsonl`, `aligned.jsonl` and
-            `comparison.json`, and `validation/<name ending in the step>/` with pictures of equal names over steps.
+            `comparison.json`, and `validation/step-<number>.png`, the validation prompts' pictures side by side.
         out_html: File to write; None writes `report.html` in the run's folder.
         scorer: The scorer whose largest gains and losses are shown; None takes the comparison's first.
         examples: Pictures of each kind (largest gains, random, largest losses).
@@ -92,7 +93,7 @@ def write_report(
     if scorer is not None and comparison is not None and scorer not in comparison.scorers:
         raise ValueError(f"no scorer {scorer!r} in this run; it was scored by {', '.join(comparison.scorers)}")
     records = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    config = run / "config.yaml"
+    config = (run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else None
     page = _environment().get_template("report.html.j2")
     html = page.render(
         title=run.resolve().name,
@@ -103,10 +104,10 @@ def write_report(
         scorer=scorer,
         examples=_examples(evaluation, scorer, examples),
         charts=_charts(records),
-        validation=_validation(run / "validation"),
+        validation=_validation(run / "validation", config),
         warnings=_warnings(records, comparison),
         events=[r for r in records if "event" in r and r["event"] != "warning"],
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        config=config,
         facts=_facts(run / "run.json"),
         env=document.get("env", {}),
         created=document.get("created"),
@@ -218,7 +219,7 @@ def _card(pair: Example, folder: Path, scorer: str | None) -> dict[str, Any]:
     return {"prompt": pair.base.prompt, "seed": pair.base.seed, "gain": pair.gain, "sides": sides}
 
 
-def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
+def _picture(folder: Path, name: str | None, max_side: int = MAX_SIDE) -> dict[str, Any] | None:
     """A picture as a data URI, or None where it is missing, unreadable or outside the run's folder."""
     if name is None:
         return None
@@ -231,42 +232,34 @@ def _picture(folder: Path, name: str | None) -> dict[str, Any] | None:
             image = opened.convert("RGB")
     except (OSError, Image.DecompressionBombError):
         return None
-    if max(size) <= MAX_SIDE and kind in ("PNG", "JPEG", "WEBP"):
+    if max(size) <= max_side and kind in ("PNG", "JPEG", "WEBP"):
         content = path.read_bytes()
     else:
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=90)
         kind, content = "JPEG", buffer.getvalue()
     data = base64.b64encode(content).decode("ascii")
-    return {"src": f"data:image/{kind.lower()};base64,{data}", "pixelated": max(size) <= 128}
+    return {"src": f"data:image/{kind.lower()};base64,{data}", "pixelated": min(size) <= 128}
 
 
-def _validation(folder: Path) -> dict[str, Any] | None:
-    """Pictures of equal names over steps, at most eight steps and four names, evenly chosen."""
-    steps = {}
-    for child in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if child.is_dir() and (match := re.search(r"(\d+)$", child.name)):
-            steps[int(match[1])] = child
-    names = sorted(
-        {p.name for child in steps.values() for p in child.iterdir() if p.suffix in (".png", ".jpg", ".webp")}
-    )
-    if not names:
-        return None
-    prompts = _facts(folder / "prompts.json")
-    shown = [sorted(steps)[i] for i in _evenly(len(steps), 8)]
-    rows = [
-        {
-            "prompt": str(prompts.get(name, name)),
-            "pictures": [(step, _picture(folder / steps[step].name, name)) for step in shown],
-        }
-        for name in (names[i] for i in _evenly(len(names), 4))
-    ]
-    return {"steps": shown, "rows": rows}
+def _validation(folder: Path, config: str | None) -> list[dict[str, Any]]:
+    """The pictures of each validation step, at most eight steps, with the prompts as the configuration has them."""
+    files = {}
+    for path in sorted(folder.glob("*.png")):
+        if match := re.search(r"(\d+)$", path.stem):
+            files[int(match[1])] = path.name
+    try:
+        prompts = yaml.safe_load(config or "")["training"]["validation_prompts"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        prompts = None
+    alt = "; ".join(map(str, prompts)) if isinstance(prompts, list) else "validation pictures"
+    steps = [sorted(files)[i] for i in _evenly(len(files), 8)]
+    return [{"step": s, "picture": _picture(folder, files[s], 4 * MAX_SIDE), "alt": f"step {s}: {alt}"} for s in steps]
 
 
 def _evenly(n: int, most: int) -> list[int]:
-    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))}) if n else []
 
 
 # --- curves ------------------------------------------------------------------------------------------------------

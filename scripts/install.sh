@@ -13,7 +13,8 @@ fail() {
 
 command -v "$python" >/dev/null 2>&1 ||
     fail "'$python' was not found; install Python 3.11 or newer, or name one: make install PYTHON=python3.12"
-found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+    fail "'$python' does not run; name a Python 3.11 or newer: make install PYTHON=python3.12"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is Python $found, diffalign needs 3.11 or newer; name another: make install PYTHON=python3.12"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||

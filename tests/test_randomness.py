@@ -42,8 +42,8 @@ def test_the_global_generator_is_neither_used_nor_moved() -> None:
 
 def test_numbers_are_the_same_on_every_machine() -> None:
     """Changing these numbers changes every recorded run: say so in the changelog."""
-    assert generator("diffalign", 0).initial_seed() == 3361350889310060397
-    assert Draw(0, 0, "pair-0").uniform("timestep") == 0.0
+    assert generator("diffalign", 0).initial_seed() == 5019950547430862695
+    assert Draw(0, 0, "pair-0").uniform("timestep") == 0.6176735277129353
 
 
 def test_uniform_numbers_are_double_precision_and_below_one() -> None:

@@ -30,11 +30,13 @@ class LoRA:
         rank: Rank of every adapter.
         alpha: Scale; the adapter is multiplied by alpha / rank. None means alpha = rank.
         target_modules: Names of the layers that get one.
+        seed: Of the initial weights; the same seed gives the same run.
     """
 
     rank: int = 8
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -121,7 +123,10 @@ def _read_json(folder: Path | None, name: str, file: str, revision: str | None) 
                 f"model {name!r} is neither a folder here nor to be had from the Hub "
                 f"({type(error).__name__} for {file}); check the spelling, the connection and `hf auth login`"
             ) from error
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {file} is not valid JSON ({error}); save the pipeline again") from error
     return content
 
 

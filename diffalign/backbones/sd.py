@@ -22,6 +22,7 @@ from diffalign.attention import set_attention
 from diffalign.backbones.loading import LoRA, ModelSource
 from diffalign.batches import Conditioning, Moments
 from diffalign.policy import Policy, Predictor
+from diffalign.randomness import generator
 from diffalign.schedules import DiscreteSchedule
 
 __all__ = ["StableDiffusionPolicy"]
@@ -83,6 +84,7 @@ class StableDiffusionPolicy(Policy):
                 adapter_name=_ADAPTER,
             )
             self._upcast_adapter()
+            self._initialise_adapter(lora)
         elif train:
             self._frozen = copy.deepcopy(self.denoiser)
             if reference_dtype is not None and reference_dtype != self.denoiser.dtype:
@@ -120,7 +122,17 @@ class StableDiffusionPolicy(Policy):
 
     def _upcast_adapter(self) -> None:
         for parameter in self.trainable_parameters():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def _initialise_adapter(self, lora: LoRA) -> None:
+        """B = 0 as peft left it, and A normal with deviation 1 / rank (peft's "gaussian"), drawn from the seed.
+
+        A run that is killed before its first checkpoint then starts again from the same numbers.
+        """
+        for name, parameter in self.named_trainable():
+            if "lora_A" in name:
+                normal = torch.randn(parameter.shape, generator=generator(lora.seed, "adapter", name))
+                parameter.data.copy_(normal / lora.rank)
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +167,8 @@ class StableDiffusionPolicy(Policy):
         """Images [B, 3, H, W] in [0, 1], float32."""
         vae = self._encoder("vae")
         decoded = vae.decode((latents / self.scaling + self.shift).to(vae.device, vae.dtype)).sample
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        images: Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return images
 
     def _encoder(self, part: str) -> Any:
         module = getattr(self.pipeline, part)
@@ -287,7 +300,13 @@ class StableDiffusionPolicy(Policy):
             self.denoiser.save_pretrained(folder / "unet")
             return
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser, adapter_name=_ADAPTER))
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        settings = self.denoiser.peft_config[_ADAPTER].to_dict()  # without them alpha is taken to be the rank
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=layers,
+            safe_serialization=True,
+            unet_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()},
+        )
 
     def load_trained(self, folder: Path) -> None:
         """Reads `save_trained`'s folder.

@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
+from transformers import CLIPModel
 
 from diffalign.shapes import networks
 from diffalign.shapes.scenes import Prompt, degrade, draw_scene, prompts, render, spoil_scene
@@ -139,7 +141,7 @@ def _generators(seed: int, *key: int) -> tuple[np.random.Generator, torch.Genera
     return np.random.default_rng(words), torch.Generator().manual_seed(int(words.generate_state(1)[0]))
 
 
-def train_vae(work: Path, seed: int, steps: int) -> networks.AutoencoderKL:
+def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
     """The autoencoder: squared and absolute error, objects weighted up, and a light pull to a unit Gaussian."""
     torch.manual_seed(seed)
     vae = networks.build_vae()
@@ -154,7 +156,8 @@ def train_vae(work: Path, seed: int, steps: int) -> networks.AutoencoderKL:
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - pixels
         fit = (weight * (error.square() + 0.5 * error.abs())).sum() / (3 * weight.sum())
-        return fit + 1e-4 * posterior.kl().mean() / 512  # kl() sums over the 512 numbers of a latent
+        loss: Tensor = fit + 1e-4 * posterior.kl().mean() / 512  # kl() sums over the 512 numbers of a latent
+        return loss
 
     stage.run(loss_of)
     stage.load_average()
@@ -163,9 +166,7 @@ def train_vae(work: Path, seed: int, steps: int) -> networks.AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(
-    vae: networks.AutoencoderKL, work: Path, seed: int, count: int, tidy: bool
-) -> tuple[Tensor, list[str]]:
+def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int, tidy: bool) -> tuple[Tensor, list[str]]:
     """Posterior means and deviations, [count, 16, 8, 8], of scenes of the training prompts, and the prompts."""
     path = work / ("tidy_scenes.pt" if tidy else "scenes.pt")
     if path.exists():
@@ -185,9 +186,7 @@ def encode_scenes(
     return state["moments"], texts
 
 
-def train_denoiser(
-    work: Path, vae: networks.AutoencoderKL, seed: int, steps: int, scenes: int
-) -> networks.StableDiffusionPipeline:
+def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes: int) -> StableDiffusionPipeline:
     """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped.
 
     The first `FREE_STEPS` see freely placed scenes, the others tidy ones, which a small network learns much sooner.
@@ -220,14 +219,15 @@ def train_denoiser(
         errors = (unet(noisy, timesteps, hidden).sample - noise).square().mean((1, 2, 3))
         cumulative = scheduler.alphas_cumprod[timesteps]
         ratio = cumulative / (1 - cumulative)
-        return (errors * ratio.clamp(max=5.0) / ratio).mean()
+        loss: Tensor = (errors * ratio.clamp(max=5.0) / ratio).mean()
+        return loss
 
     stage.run(loss_of)
     stage.load_average()
     return networks.build_pipeline(tokenizer, text_encoder, vae, unet)
 
 
-def train_scorer(work: Path, seed: int, steps: int) -> networks.CLIPModel:
+def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
     """The scorer, trained as HPS is: of two pictures and one prompt, the better one should match more.
 
     The order of each pair is the renderer's truth: a scene drawn for the prompt is better than a spoilt, a
@@ -273,7 +273,7 @@ def train_scorer(work: Path, seed: int, steps: int) -> networks.CLIPModel:
     return scorer
 
 
-def export(out: Path, pipeline: Any, scorer: networks.CLIPModel) -> dict[str, float]:
+def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     """Saves both models in half precision in their published layouts; returns their sizes in MB."""
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out / "pipeline", safe_serialization=True)

@@ -3,7 +3,7 @@
 The judge takes no part in any training. It works by analysis and synthesis: the ground colour comes from the
 picture's border, connected regions that differ from it are objects, and each region is compared with every shape
 of the world, drawn by the renderer with the area and centroid the region has. What cannot be read as one of the
-shapes in one of the colours counts against the picture.
+shapes counts against the picture, and so does an object of no single colour where the prompt names one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ MIN_CONTRAST = 0.20
 MIN_OVERLAP = 0.72
 """Soft intersection over union with the best shape under which a region is unreadable."""
 MAX_COLOR_DISTANCE = 0.32
-"""Distance (RGB, each channel in [0, 1]) from the nearest named colour beyond which a colour is unreadable."""
+"""Distance (RGB, each channel in [0, 1]) from the nearest named colour beyond which a pixel has no named colour."""
+MIN_COLOR_SHARE = 0.6
+"""Share of an object's pixels that must agree on a colour for the object to have it."""
+MIXED = "mixed"
+"""Colour of an object whose pixels do not agree: right where a prompt names no colour, wrong where it does."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def read_image(image: NDArray[np.uint8] | NDArray[np.floating]) -> Reading:
         region = regions == index
         if region.sum() < MIN_AREA:
             continue
-        thing = _read_region(pixels, region, regions, ground)
+        thing = _read_region(pixels, contrast, region, regions)
         if thing is None:
             unreadable += 1
         else:
@@ -125,22 +129,19 @@ def read_image(image: NDArray[np.uint8] | NDArray[np.floating]) -> Reading:
 
 
 def _read_region(
-    pixels: NDArray[np.float32], region: NDArray[np.bool_], regions: NDArray[np.int32], ground: NDArray[np.float32]
+    pixels: NDArray[np.float32], contrast: NDArray[np.float32], region: NDArray[np.bool_], regions: NDArray[np.integer]
 ) -> Thing | None:
     inner = ndimage.binary_erosion(region, iterations=2)
     if inner.sum() < 6:
         inner = ndimage.binary_erosion(region)
     if inner.sum() < 6:
         inner = region
-    color = np.median(pixels[inner], axis=0)
-    distances = {name: float(np.linalg.norm(color - np.array(rgb) / 255.0)) for name, rgb in COLORS.items()}
-    name = min(distances, key=distances.__getitem__)
-    if distances[name] > MAX_COLOR_DISTANCE:
-        return None
-    # The share of each pixel that the object covers: where its colour lies between ground and object.
+    # The share of each pixel that the object covers: its distance from the ground over the object's own nearby, so
+    # that an object of several colours keeps its outline.
     near = ndimage.binary_dilation(region, iterations=3) & ((regions == 0) | region)
-    axis = color - ground
-    alpha = np.clip((pixels - ground) @ axis / max(float(axis @ axis), 1e-6), 0, 1) * near
+    contrast = contrast * near
+    full = np.maximum(ndimage.maximum_filter(contrast, 5), 0.8 * np.percentile(contrast[inner], 30))
+    alpha = np.clip(contrast / np.maximum(full, 1e-6), 0, 1)
     alpha[alpha < 0.2] = 0
     area = float(alpha.sum())
     if area < MIN_AREA:
@@ -151,7 +152,15 @@ def _read_region(
     scores = {shape: _overlap(shape, alpha, x, y, area) for shape in SHAPES}
     shape = max(scores, key=lambda s: scores[s][0])
     overlap, thing_x, thing_y, size = scores[shape]
-    return Thing(shape, name, thing_x, thing_y, size) if overlap >= MIN_OVERLAP else None
+    return Thing(shape, _color(pixels[inner]), thing_x, thing_y, size) if overlap >= MIN_OVERLAP else None
+
+
+def _color(pixels: NDArray[np.float32]) -> str:
+    """The named colour of an object's pixels [N, 3], or `MIXED`."""
+    named = np.array(list(COLORS.values()), np.float32) / 255.0
+    distances = np.linalg.norm(pixels[:, None] - named, axis=-1)
+    votes = np.bincount(distances.argmin(1)[distances.min(1) <= MAX_COLOR_DISTANCE], minlength=len(COLORS))
+    return list(COLORS)[int(votes.argmax())] if votes.max() >= MIN_COLOR_SHARE * len(pixels) else MIXED
 
 
 @lru_cache(maxsize=len(SHAPES))

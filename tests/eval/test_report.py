@@ -70,7 +70,7 @@ def finished_run(tmp_path_factory):
         write_rows(evaluation / f"{side}.jsonl", rows)
     write_json(evaluation / "settings.json", {"base": SETTINGS, "aligned": SETTINGS})
     write_json(evaluation / "comparison.json", compare_folder(evaluation).to_dict("cpu"))
-    (run / "config.yaml").write_text(f"seed: 0  # {EVIL}\n")
+    (run / "config.yaml").write_text(f"seed: 0  # {EVIL}\ntraining: {{validation_prompts: [a red field, a sea]}}\n")
     write_json(run / "run.json", {"kappa": 250.0, "commands": ["diffalign train my.yaml"]})
     records = [{"step": 0, "event": "start", "message": EVIL}]
     for step in range(1, 101):
@@ -82,11 +82,9 @@ def finished_run(tmp_path_factory):
     records += [{"step": s, "event": "warning", "message": f"drift {EVIL}"} for s in (70, 90)]
     lines = "".join(json.dumps(r) + "\n" for r in records)
     (run / "metrics.jsonl").write_text(lines + '{"step": 101, "train/lo')
-    for step in (50, 100):
-        folder = run / "validation" / f"step_{step}"
-        folder.mkdir(parents=True)
-        Image.new("RGB", (64, 64), "red").save(folder / "0.png")
-    write_json(run / "validation" / "prompts.json", {"0.png": "a red field"})
+    (run / "validation").mkdir()
+    for step in (0, 50, 100):
+        Image.new("RGB", (128, 64), "red").save(run / "validation" / f"step-{step:06d}.png")
     return run
 
 
@@ -156,10 +154,10 @@ def test_when_nothing_lost_it_says_so(finished_run, tmp_path):
 
 def test_pictures_are_embedded_small_ones_crisp_and_all_have_a_text(page):
     images = page.all("img")
-    assert len(images) == 36 + 2
+    assert len(images) == 36 + 3
     assert all(i["src"].startswith("data:image/png;base64,") and i["class"] == "pixelated" for i in images)
     assert all(i["alt"].strip() for i in images)
-    assert "a red field, step 100" in [i["alt"] for i in images]
+    assert [i["alt"] for i in images][-3:] == [f"step {s}: a red field; a sea" for s in (0, 50, 100)]
 
 
 def test_the_curves_are_there_and_described(page):
@@ -217,7 +215,7 @@ def test_equal_runs_give_equal_reports(finished_run, html, tmp_path):
         "evaluation/comparison.json",
         "evaluation/base.jsonl",
         "evaluation/aligned/3.png",
-        "validation/prompts.json",
+        "validation/step-000050.png",
     ],
 )
 def test_any_part_may_be_missing(finished_run, missing, tmp_path):

@@ -1,0 +1,43 @@
+"""The optimizers a run can name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from diffalign.config import TrainingConfig
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig, pairs_per_step: int) -> Any:
+    """The optimizer that `config.optimizer` names.
+
+    Raises:
+        ValueError: If it needs a package that is not installed.
+    """
+    lr = config.learning_rate * (pairs_per_step if config.scale_lr else 1)
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=lr,
+            weight_decay=config.adam_weight_decay,
+            relative_step=False,
+            scale_parameter=False,
+            clip_threshold=1.0,
+        )
+    kwargs: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(parameters, **kwargs)
+    return torch.optim.AdamW(parameters, **kwargs)

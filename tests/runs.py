@@ -1,0 +1,186 @@
+"""Training runs in processes of their own, for tests that kill them or share them out; no test by itself.
+
+`python runs.py chain JSON` imports everything once and forks a child per entry of a list of attempts, each of which
+trains in the same folder until it is killed, terminated or done. `python runs.py train JSON` is one plain run, to be
+started by `torch.distributed.run` as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.backbones import LoRA, load_policy
+from diffalign.config import TrainingConfig
+from diffalign.data import DataConfig, PairSource, encode_pairs, load_pairs
+from diffalign.loop import fit, make_accelerator
+from diffalign.trainers.diffusion_dpo import DiffusionDPO
+
+torch.set_num_threads(1)
+
+SETTINGS: dict[str, Any] = {
+    "max_train_steps": 10,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 3,
+    "use_ema": True,
+    "checkpointing_steps": 3,
+    "checkpoints_total_limit": 2,
+    "validation_steps": 4,
+    "resume_from_checkpoint": "latest",
+}
+
+
+def train(model: str, data: str, cache: str, training: dict[str, Any], double: bool = False, hook: Any = None) -> Path:
+    """A run on a folder of pairs, as `diffalign train` makes it."""
+    config = TrainingConfig(**training)
+    accelerator = make_accelerator(config)
+    policy: Any = load_policy(model, lora=LoRA(rank=2), train=True)
+    if double:
+        policy.denoiser.double()
+    data_config = DataConfig(train_data_dir=Path(data))
+    encoded = encode_pairs(load_pairs(data_config), policy, data_config, Path(cache))
+    policy.free_encoders()
+    trainer = DiffusionDPO(policy, beta=500.0)
+    source = PairSource(
+        encoded,
+        seed=5,
+        batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        caption_dropout=0.3,
+    )
+    if hook is not None:
+        trainer.update = hook  # type: ignore[method-assign]
+    fixed = source.fixed_batches(2)
+
+    def validate(step: int) -> dict[str, float]:
+        with torch.no_grad():
+            outputs = [trainer.loss(batch.to(accelerator.device)) for batch in fixed]
+        return {"loss": sum(float(output.loss) for output in outputs) / len(outputs)}
+
+    done = fit(trainer, source, config, accelerator=accelerator, validate=validate)
+    if accelerator.is_main_process:
+        facts = {"num_processes": accelerator.num_processes, "wrapped": type(policy.wrapped).__name__}
+        (done / "facts.json").write_text(json.dumps(facts))
+    return done
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(point: str, count: int) -> None:
+    """Makes this process die at the `count`-th passage of a point in the writing of files."""
+    import shutil
+
+    from diffalign import checkpoints
+    from diffalign.monitor import MetricsFile
+
+    left = [count]
+
+    def now() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    replace, rmtree, save, write = os.replace, shutil.rmtree, torch.save, MetricsFile.write
+
+    def killing_replace(a: Any, b: Any) -> None:
+        hit = now()
+        if hit and point == "before rename":
+            die()
+        replace(a, b)
+        if hit:
+            die()
+
+    def killing_rmtree(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).exists() and now():
+            (Path(path) / "state.pt").unlink()
+            die()
+        rmtree(path, *args, **kwargs)
+
+    def killing_save(value: Any, file: Any) -> None:
+        if now():
+            file.write(b"half of a checkpoint")
+            file.flush()
+            die()
+        save(value, file)
+
+    def killing_write(self: MetricsFile, step: int, values: Any) -> None:
+        write(self, step, values)
+        if now():
+            content = self.path.read_bytes()
+            self.path.write_bytes(content[:-25])
+            die()
+
+    if point in ("before rename", "after rename"):
+        checkpoints.os.replace = killing_replace  # type: ignore[attr-defined]
+    elif point == "removing an old one":
+        checkpoints.shutil.rmtree = killing_rmtree  # type: ignore[attr-defined]
+    elif point == "writing the state":
+        checkpoints.torch.save = killing_save  # type: ignore[attr-defined]
+    elif point == "writing metrics":
+        MetricsFile.write = killing_write  # type: ignore[method-assign]
+    else:
+        raise ValueError(point)
+
+
+def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
+    """One child; the status that `waitpid` gives."""
+    lines = Path(run["training"]["output_dir"]) / "metrics.jsonl"
+    before = lines.stat().st_size if lines.exists() else 0
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if "point" in how:
+                arm(how["point"], how["count"])
+
+            def hook(step: int) -> None:
+                if step == how.get("terminate"):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            train(**run, hook=hook)
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if "seconds" in how:  # at a random moment, counted from the first sign of life
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (not lines.exists() or lines.stat().st_size == before):
+            time.sleep(0.002)
+        time.sleep(how["seconds"])
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def chain(run: dict[str, Any], attempts: list[dict[str, Any]], seed: int) -> list[int]:
+    """The statuses of the attempts, in order; `{"seconds": x}` is killed after a random time below x."""
+    generator = random.Random(seed)
+    statuses = []
+    for how in attempts:
+        drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}
+        statuses.append(attempt(run, {**how, **drawn}))
+    return statuses
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[2])
+    if sys.argv[1] == "chain":
+        sys.stdout.write(json.dumps(chain(**arguments)))
+    else:
+        train(**arguments)
