@@ -51,7 +51,6 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases tests
 
 format: install
 	$(BIN)/ruff check --fix .

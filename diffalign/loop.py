@@ -8,6 +8,7 @@ function of the step and every random number of the pair, so a resumed run compu
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -73,9 +74,24 @@ class _Terminated:
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run: precision and trackers as configured."""
-    report_to = None if config.report_to in (None, "none") else config.report_to
-    return Accelerator(mixed_precision=config.mixed_precision, log_with=report_to, project_dir=config.output_dir)
+    """The accelerator of a run: precision and trackers as configured.
+
+    Raises:
+        ValueError: If the launcher started several processes and accelerate sees but one.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to in (None, "none") else config.report_to,
+        project_dir=config.output_dir,
+        cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not see each other
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started but {accelerator.num_processes} would train together; "
+            "start them with `python -m torch.distributed.run --nproc_per_node N` or check `accelerate env`"
+        )
+    return accelerator
 
 
 def fit(
@@ -196,7 +212,7 @@ class _Run:
             batch = self.source.batch(self.step, micro).to(accelerator.device)
             final = micro == config.gradient_accumulation_steps - 1
             if final:
-                self._micro_step(batch, sums)
+                output = self._micro_step(batch, sums)
             else:
                 with accelerator.no_sync(self.policy.wrapped):
                     self._micro_step(batch, sums)
@@ -204,6 +220,8 @@ class _Run:
             self._check_gradients()
         limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
         norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        if accelerator.scaler is None and not bool(torch.isfinite(norm)):  # a scaler skips such steps by itself
+            self._report_non_finite(batch, output, "gradient")
         self.optimizer.step()
         lr = self.scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
@@ -224,13 +242,14 @@ class _Run:
         if self.step % config.logging_steps == 0:
             self._log(self.step, "train", values)
 
-    def _micro_step(self, batch: PairBatch, sums: dict[str, Tensor]) -> None:
+    def _micro_step(self, batch: PairBatch, sums: dict[str, Tensor]) -> Any:
         output = self.trainer.loss(batch)
         if not bool(torch.isfinite(output.loss)):
-            self._report_non_finite(batch, output)
+            self._report_non_finite(batch, output, "loss")
         self.accelerator.backward(output.loss / self.config.gradient_accumulation_steps)
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, 0) + value.double() / self.config.gradient_accumulation_steps
+        return output
 
     def _check_gradients(self) -> None:
         """After the first backward pass: an adapter switched off at the wrong moment loses gradients silently."""
@@ -260,8 +279,9 @@ class _Run:
         if self.accelerator.log_with:
             self.accelerator.log(named, step=step)
 
-    def _report_non_finite(self, batch: PairBatch, output: Any) -> None:
-        bad = [d.pair_id for d, loss in zip(batch.draws, output.losses.tolist(), strict=True) if not abs(loss) < 1e30]
+    def _report_non_finite(self, batch: PairBatch, output: Any, what: str) -> None:
+        ids = [d.pair_id for d in batch.draws]
+        bad = [i for i, loss in zip(ids, output.losses.tolist(), strict=True) if not abs(loss) < 1e30]
         path = self.output_dir / "failures" / f"step-{self.step}-rank-{self.accelerator.process_index}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(
@@ -279,7 +299,7 @@ class _Run:
             path,
         )
         raise NonFiniteLossError(
-            f"the loss of step {self.step + 1} is not finite for pair(s) {', '.join(bad) or 'in the batch'}; "
+            f"the {what} of step {self.step + 1} is not finite for pair(s) {', '.join(bad or ids)}; "
             f"the batch and the trained weights are saved in {path} for replay (diffalign.loop.replay); "
             "lower the learning rate, or leave the pair out"
         )

@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 from diffalign import checkpoints
 from diffalign.checkpoints import CheckpointError, CheckpointFolder, compare_settings, load, write_text
 
-SETTINGS = {"seed": 0, "training": {"learning_rate": 1e-5, "max_train_steps": 9, "output_dir": "a"}, "trainer": {"beta": 1}}
+SETTINGS = {
+    "seed": 0,
+    "training": {"learning_rate": 1e-5, "max_train_steps": 9, "output_dir": "a"},
+    "trainer": {"beta": 1},
+}
 
 
 def state(step: int) -> dict[str, Any]:
@@ -74,7 +78,9 @@ def test_latest_is_the_highest_finished_step(tmp_path: Path) -> None:
     assert folder.find("latest") == tmp_path / "checkpoint-10"
     assert folder.find("checkpoint-9") == tmp_path / "checkpoint-9"
     assert folder.find(str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    with pytest.raises(CheckpointError, match=r"'checkpoint-8' is no checkpoint \(in .*: checkpoint-9, checkpoint-10\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'checkpoint-8' is no checkpoint \(in .*: checkpoint-9, checkpoint-10\)"
+    ):
         folder.find("checkpoint-8")
 
 
@@ -112,11 +118,14 @@ def test_a_failed_save_leaves_the_earlier_ones_and_says_so(
     monkeypatch.undo()
     message = str(error.value)
     assert message.startswith(f"could not save {tmp_path / 'checkpoint-2'}: [Errno 28] No space left on device (")
-    assert message.endswith("MB free on this disk); " + (
-        f"the last good checkpoint is {tmp_path / 'checkpoint-1'}; free some space and resume"
-        if earlier
-        else "there is no earlier checkpoint; free some space and resume"
-    ))
+    assert message.endswith(
+        "MB free on this disk); "
+        + (
+            f"the last good checkpoint is {tmp_path / 'checkpoint-1'}; free some space and resume"
+            if earlier
+            else "there is no earlier checkpoint; free some space and resume"
+        )
+    )
     assert "\n" not in message
     assert names(tmp_path) == (["checkpoint-1"] if earlier else [])
     if earlier:

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_help_answers_at_once(record_property: pytest.RecordProperty) -> None:
+def test_help_answers_at_once(record_property: Callable[[str, object], None]) -> None:
     """Under half a second, best of five. Processor time is compared: on an idle machine it is what a user waits, and
     a busy machine cannot make it fail."""
     command = [sys.executable, "-m", "diffalign.cli", "--help"]

@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,7 +128,7 @@ def test_one_import_name() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["diffalign", "diffalign.cli", "diffalign.plugins", "diffalign.trainers", "diffalign.reward_models"],
+    ["diffalign", "diffalign.cli", "diffalign.plugins", *(f"diffalign.{name}" for name in PLUGINS)],
 )
 def test_import_is_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
@@ -162,6 +163,18 @@ def test_public_names_resolve(module: str) -> None:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         _ = package.no_such_name
+
+
+def test_names_in_the_readme_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\bda\.((?:trainers\.|reward_models\.)?\w+)", readme))
+    assert {"load_policy", "fit", "trainers.DiffusionDPO"} <= names
+    for name in names:
+        found: Any = diffalign
+        for part in name.split("."):
+            found = getattr(found, part)
+    for path in re.findall(r"configs/\w+\.yaml", readme):
+        assert (ROOT / path).is_file()
 
 
 def test_version_is_written_once_more_in_the_package() -> None:
