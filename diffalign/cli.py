@@ -25,6 +25,8 @@ class _UserErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.exceptions.Abort):
+            raise  # click's own way to end, which happens to be a RuntimeError
         except (ValueError, RuntimeError, OSError) as error:
             if ctx.params.get("debug"):
                 raise

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_one_import_name() -> None:
         for path in python_files(folder):
             wrong = [name for name, _ in imports(path) if name.split(".")[0] in LINKED]
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; write diffalign.{wrong[0]}"
+
+
+def test_every_imported_distribution_is_declared_and_explained() -> None:
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in requirements}
+
+    project = settings()["project"]
+    extras = names([text for extra in project["optional-dependencies"].values() for text in extra])
+    providers = metadata.packages_distributions()
+    optional = {"bitsandbytes"}  # for one optimizer, asked for by name when it is used
+    decision = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text(encoding="utf-8")
+    for folder in (*PLUGINS, "diffalign", "configs"):
+        for path in python_files(folder):
+            roots = {name.split(".")[0] for name, _ in imports(path)}
+            for root in roots - sys.stdlib_module_names - {"diffalign"} - optional:
+                found = {name.lower().replace("_", "-") for name in providers.get(root, [root])}
+                assert found & (names(project["dependencies"]) | extras), f"{path.relative_to(ROOT)} imports {root}"
+    for name in names(project["dependencies"]):
+        assert re.search(rf"\b{name}\b", decision), f"docs/decisions/0001-dependencies.md does not say why {name}"
 
 
 @pytest.mark.parametrize(

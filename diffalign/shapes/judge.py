@@ -141,7 +141,7 @@ def _read_region(
     near = ndimage.binary_dilation(region, iterations=3) & ((regions == 0) | region)
     contrast = contrast * near
     full = np.maximum(ndimage.maximum_filter(contrast, 5), 0.8 * np.percentile(contrast[inner], 30))
-    alpha = np.clip(contrast / np.maximum(full, 1e-6), 0, 1)
+    alpha = np.clip(contrast / np.maximum(full, 1e-6), 0, 1).astype(np.float32)
     alpha[alpha < 0.2] = 0
     area = float(alpha.sum())
     if area < MIN_AREA:

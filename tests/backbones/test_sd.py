@@ -424,7 +424,7 @@ def test_gradient_checkpointing_changes_memory_and_no_number(trained: Any, batch
         return {name: p.grad.clone() for name, p in trained.named_trainable()}
 
     calls = []
-    trained.denoiser.mid_block.resnets[1].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trained.denoiser.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     plain = gradients()
     assert calls.count(True) == 1
     trained.denoiser.enable_gradient_checkpointing()

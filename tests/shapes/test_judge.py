@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from diffalign.shapes.judge import judge, read_image
+from diffalign.shapes.judge import MIXED, judge, read_image
 from diffalign.shapes.scenes import (
     COLORS,
     IMAGE_SIZE,
@@ -197,12 +197,21 @@ def test_a_region_that_is_no_shape_spoils_a_picture():
     assert verdict.reason == "1 region(s) that are no shape of this world"
 
 
-def test_a_color_that_has_no_name_is_unreadable():
+def test_a_color_that_has_no_name_is_right_only_where_none_is_asked():
     image = picture(("circle", "blue", 32, 32))
     image[(image == COLORS["blue"]).all(-1)] = (0, 255, 255)
-    reading = read_image(image)
-    assert reading.things == ()
-    assert reading.unreadable == 1
+    assert [thing.color for thing in read_image(image).things] == [MIXED]
+    assert judge(image, parse_prompt("a photo of a circle")).correct
+    assert not judge(image, parse_prompt("a photo of a blue circle")).correct
+
+
+def test_an_object_of_two_colors_keeps_its_shape_and_loses_its_color():
+    image = picture(("star", "blue", 32, 32))
+    left = np.arange(IMAGE_SIZE)[None, :] < 32
+    image[(image == COLORS["blue"]).all(-1) & left] = COLORS["red"]
+    assert [(thing.shape, thing.color) for thing in read_image(image).things] == [("star", MIXED)]
+    assert judge(image, parse_prompt("a photo of a star")).correct
+    assert not judge(image, parse_prompt("a photo of a blue star")).correct
 
 
 def test_specks_are_overlooked():
