@@ -157,6 +157,7 @@ def test_debug_shows_where_a_user_error_comes_from() -> None:
     assert "nothing.yaml" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_process_ends_with_code_two_and_no_traceback() -> None:
     command = [sys.executable, "-m", "diffalign.cli", "report", "nothing"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
