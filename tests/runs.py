@@ -26,7 +26,7 @@ from diffalign.trainers.diffusion_dpo import DiffusionDPO
 
 torch.set_num_threads(1)
 
-SETTINGS: dict[str, Any] = {
+CHAIN: dict[str, Any] = {
     "max_train_steps": 10,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "validation_steps": 4,
     "resume_from_checkpoint": "latest",
 }
+"""Settings of the runs that are killed: everything that has a state is in use."""
 
 
 def train(model: str, data: str, cache: str, training: dict[str, Any], double: bool = False, hook: Any = None) -> Path:
@@ -171,6 +172,7 @@ def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
 def chain(run: dict[str, Any], attempts: list[dict[str, Any]], seed: int) -> list[int]:
     """The statuses of the attempts, in order; `{"seconds": x}` is killed after a random time below x."""
     generator = random.Random(seed)
+    run = {**run, "training": {**CHAIN, **run["training"]}}
     statuses = []
     for how in attempts:
         drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}

@@ -601,15 +601,10 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
     tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle of every kind of write, at random moments, and SIGTERM: all numbers stay, bit for bit."""
-    sys.path.insert(0, str(RUNS.parent))
-    try:
-        from runs import SETTINGS
-    finally:
-        sys.path.pop(0)
 
     def run(name: str) -> dict[str, Any]:
-        training = {**SETTINGS, "output_dir": str(tmp_path / name)}
-        return {"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache), "training": training}
+        folders = {"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache)}
+        return {**folders, "training": {"output_dir": str(tmp_path / name)}}
 
     attempts = [
         {"point": "writing metrics", "count": 3},  # before the first checkpoint: it starts anew

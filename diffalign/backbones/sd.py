@@ -272,6 +272,7 @@ class StableDiffusionPolicy(Policy):
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         unet = self._frozen if reference and self._frozen is not None else self.denoiser
         self.pipeline.unet = unet
+        cast = unet.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)
         try:
             with self._reference_weights(reference), torch.autocast(self.device.type, enabled=False):
                 images = self.pipeline(
@@ -282,6 +283,7 @@ class StableDiffusionPolicy(Policy):
                     output_type="pt",
                 ).images
         finally:
+            cast.remove()
             self.pipeline.unet = self.denoiser
         return images.float().cpu()  # type: ignore[no-any-return]
 
@@ -351,6 +353,13 @@ def _forward(
     hidden = conditioning.tensors["hidden"].to(noisy_latents.device, dtype)
     output: Tensor = module(noisy_latents.to(dtype), timesteps.to(noisy_latents.device), hidden, return_dict=False)[0]
     return output
+
+
+def _to_own_dtype(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The pipeline's latents and embeddings are the text encoder's float32; a UNet in half precision wants its own."""
+    latents, *rest = args
+    hidden = kwargs["encoder_hidden_states"].to(unet.dtype)
+    return (latents.to(unet.dtype), *rest), {**kwargs, "encoder_hidden_states": hidden}
 
 
 def schedule_from_config(config: Any) -> DiscreteSchedule:

@@ -233,6 +233,17 @@ def test_sampling_is_the_diffusers_pipeline(base: Any, tiny_pipeline: Path) -> N
     near(sample(base), images)
 
 
+@pytest.mark.parametrize(("lora", "train"), [(LoRA(rank=2), True), (None, True), (None, False)])
+def test_weights_in_half_precision_are_sampled_too(
+    lora: LoRA | None, train: bool, tiny_pipeline: Path, base: Any
+) -> None:
+    policy = load_policy(str(tiny_pipeline), lora=lora, train=train, dtype=torch.bfloat16)
+    for reference in (False, True):
+        images = sample(policy, reference=reference)
+        assert images.dtype == torch.float32
+        torch.testing.assert_close(images, sample(base), rtol=0, atol=0.05)
+
+
 def test_prompts_and_seeds_go_together(base: Any) -> None:
     with pytest.raises(ValueError, match="expected one seed per prompt, got 2 prompts and 1 seeds"):
         base.sample(["a", "b"], [0])
