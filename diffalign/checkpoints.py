@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from diffalign.resumable import write_atomically
+
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -22,12 +24,7 @@ class CheckpointError(ValueError):
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_atomically(path, text.encode("utf-8"))
 
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)

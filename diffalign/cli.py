@@ -50,10 +50,13 @@ def cli(debug: bool) -> None:
 @click.option("--quick", is_flag=True, help="A few images and steps only: checks the installation, shows no effect.")
 def demo(output: str, seeds: str, quick: bool) -> None:
     """Align the embedded model: sample pairs, score, train, evaluate, report. Nothing to download."""
+    parts = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--seeds: expected whole numbers like 0,1,2, found {seeds!r}")
     _commands()
     from diffalign import demo as body
 
-    body.run(output, [int(s) for s in seeds.split(",")], quick)
+    body.run(output, [int(part) for part in parts], quick)
 
 
 @cli.command()

@@ -23,11 +23,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     The temporary name is a function of `path`, so that what a killed process left is overwritten by the next one.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def to_line(row: Row) -> str:

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from diffalign.eval.statistics import Interval
+from diffalign.resumable import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -321,23 +321,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file so that a reader sees the old content or the new, never a part; makes its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_atomically(path, text.encode("utf-8"))
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from diffalign.resumable import write_atomically
 
 _log = logging.getLogger("diffalign")
 
@@ -18,17 +19,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: If the disk is full or cannot be written; the old file, if any, is untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
     with explained(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(path, content)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,71 @@
+"""The shipped models of the embedded world: what they weigh, how they load, what they can do."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from diffalign.backbones import load_policy
+from diffalign.eval import Shapes
+from diffalign.reward_models import ShapesScore
+from diffalign.shapes.scenes import TASKS, draw_scene, prompts, render, spoil_scene
+
+ASSETS = Path(str(resources.files("diffalign.shapes"))) / "assets"
+
+
+def test_the_pipeline_is_small_and_half_precision() -> None:
+    files = [f for f in (ASSETS / "pipeline").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 12e6
+    weights = [f for f in files if f.suffix == ".safetensors"]
+    assert {f.parent.name for f in weights} == {"unet", "vae", "text_encoder"}
+    for file in weights:
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_the_pipeline_is_a_stock_one() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", dtype=torch.float32, safety_checker=None)
+    assert type(pipeline) is StableDiffusionPipeline
+    assert sum(p.numel() for p in pipeline.unet.parameters()) <= 5e6
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    longest = max(len(pipeline.tokenizer(p.text).input_ids) for p in prompts("all"))
+    assert longest <= pipeline.tokenizer.model_max_length == 20
+
+
+def test_the_scorer_prefers_the_scene_that_was_asked_for() -> None:
+    """On held-out prompts, against scenes with one change: at least 85 of 100 pairs right."""
+    generator = np.random.default_rng(11)
+    scorer = ShapesScore()
+    right = []
+    for task in TASKS:
+        some = [prompts("held_out", task)[i] for i in generator.integers(len(prompts("held_out", task)), size=20)]
+        scenes = [draw_scene(p, generator) for p in some]
+        texts = [p.text for p in some]
+        good = scorer([render(s) for s in scenes], texts)
+        bad = scorer([render(spoil_scene(p, s, generator)) for p, s in zip(some, scenes, strict=True)], texts)
+        right += (good > bad).tolist()
+    assert np.mean(right) >= 0.85
+
+
+@pytest.mark.slow
+def test_the_base_is_worth_aligning_and_leaves_room() -> None:
+    """Judge score on held-out prompts between 0.35 and 0.75, with the demo's sampling."""
+    policy = load_policy("diffalign://shapes")
+    benchmark = Shapes()
+    cases = benchmark.cases()
+    rows = []
+    for start in range(0, len(cases), 32):
+        chunk = cases[start : start + 32]
+        images = policy.sample(
+            [c.prompt for c in chunk], [c.seed for c in chunk], guidance_scale=5.0, num_inference_steps=12
+        )
+        rows += benchmark.score(images, chunk)
+    score = benchmark.aggregate(rows).scores["judge_score"].value
+    assert score is not None
+    assert 0.35 <= score <= 0.75
