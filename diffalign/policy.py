@@ -29,17 +29,30 @@ class Policy(ABC):
         schedule: Turns timesteps into (alpha, sigma).
         prediction: What the denoiser's output means.
         denoiser: The module whose weights are trained.
-        latent_shape: Shape of one latent at the model's default size, for example (4, 64, 64).
-        resolution: Default image side in pixels.
+        wrapped: What `predict` calls: the denoiser, or the wrapper that the loop puts around it (DDP, compilation).
+        latent_shape: Shape of one latent at `size`, for example (4, 64, 64).
+        size: Height and width in pixels of what is encoded and drawn.
+        num_frames: Frames of a video; 1 for images.
         max_tokens: How many tokens the text encoder reads, its special ones included.
+        guidance_scale: What the family is usually sampled with, in the terms of its own pipeline.
+        num_inference_steps: Likewise.
     """
 
     schedule: Schedule
     prediction: Prediction
     denoiser: nn.Module
+    wrapped: nn.Module
     latent_shape: tuple[int, ...]
-    resolution: int
+    size: tuple[int, int]
+    num_frames: int = 1
     max_tokens: int
+    guidance_scale: float
+    num_inference_steps: int
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """The shorter side of `size`."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -51,11 +64,14 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Moments:
-        """Posterior moments of the scaled latents of images [B, 3, H, W] in [0, 1], float32."""
+        """Posterior moments of the scaled latents of images [B, 3, H, W] in [0, 1], float32.
+
+        Video models take [B, T, 3, H, W] and give moments [B, C, t, h, w].
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] of scaled latents [B, C, h, w]."""
+        """Images [B, 3, H, W] in [0, 1] of scaled latents [B, C, h, w]; videos [B, T, 3, H, W] of [B, C, t, h, w]."""
 
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -71,14 +87,15 @@ class Policy(ABC):
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        guidance_scale: float = 7.5,
-        num_inference_steps: int = 25,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         reference: bool = False,
     ) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], made by the family's own diffusers pipeline.
+        """Images [B, 3, H, W], or videos [B, T, 3, H, W], in [0, 1], made by the family's own diffusers pipeline.
 
         Each image starts from its own generator seeded with `seeds[i]`, so that it does not depend on the batch it
         is made in.
+        Guidance and steps are the family's own where they are None.
         With `reference`, the frozen reference's weights are used instead of the policy's.
         """
 

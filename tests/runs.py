@@ -1,8 +1,8 @@
 """Training runs in processes of their own, for tests that kill them or share them out; no test by itself.
 
-`python runs.py chain JSON` imports everything once and forks a child per entry of a list of attempts, each of which
-trains in the same folder until it is killed, terminated or done. `python runs.py train JSON` is one plain run, to be
-started by `torch.distributed.run` as well.
+`python runs.py chains JSON` imports everything once and forks a child per attempt; the attempts of a chain train in the
+same folder, one after the other, until they are killed, terminated or done. `python runs.py train JSON` is one plain
+run, to be started by `torch.distributed.run` as well.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from diffalign.backbones import LoRA, load_policy
 from diffalign.config import TrainingConfig
 from diffalign.data import DataConfig, PairSource, encode_pairs, load_pairs
 from diffalign.loop import fit, make_accelerator
+from diffalign.monitor import MetricsFile
 from diffalign.trainers.diffusion_dpo import DiffusionDPO
 
 torch.set_num_threads(1)
@@ -84,11 +86,6 @@ def die() -> None:
 
 def arm(point: str, count: int) -> None:
     """Makes this process die at the `count`-th passage of a point in the writing of files."""
-    import shutil
-
-    from diffalign import checkpoints
-    from diffalign.monitor import MetricsFile
-
     left = [count]
 
     def now() -> bool:
@@ -98,15 +95,16 @@ def arm(point: str, count: int) -> None:
     replace, rmtree, save, write = os.replace, shutil.rmtree, torch.save, MetricsFile.write
 
     def killing_replace(a: Any, b: Any) -> None:
-        hit = now()
-        if hit and point == "before rename":
+        wanted = Path(b).name.startswith("metrics" if point == "rewinding metrics" else "checkpoint-")
+        hit = wanted and now()
+        if hit and point != "after rename":
             die()
         replace(a, b)
         if hit:
             die()
 
     def killing_rmtree(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).exists() and now():
+        if (Path(path) / "config.json").exists() and now():
             (Path(path) / "state.pt").unlink()
             die()
         rmtree(path, *args, **kwargs)
@@ -125,12 +123,12 @@ def arm(point: str, count: int) -> None:
             self.path.write_bytes(content[:-25])
             die()
 
-    if point in ("before rename", "after rename"):
-        checkpoints.os.replace = killing_replace  # type: ignore[attr-defined]
+    if point in ("before rename", "after rename", "rewinding metrics"):
+        os.replace = killing_replace
     elif point == "removing an old one":
-        checkpoints.shutil.rmtree = killing_rmtree  # type: ignore[attr-defined]
+        shutil.rmtree = killing_rmtree  # type: ignore[assignment]
     elif point == "writing the state":
-        checkpoints.torch.save = killing_save  # type: ignore[attr-defined]
+        torch.save = killing_save
     elif point == "writing metrics":
         MetricsFile.write = killing_write  # type: ignore[method-assign]
     else:
@@ -169,20 +167,21 @@ def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def chain(run: dict[str, Any], attempts: list[dict[str, Any]], seed: int) -> list[int]:
-    """The statuses of the attempts, in order; `{"seconds": x}` is killed after a random time below x."""
+def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, Any]]], seed: int) -> None:
+    """Trains in `root/<name>` for every named chain, and writes what became of the attempts to `root/statuses.json`.
+
+    An attempt `{"seconds": x}` is killed after a random time below x.
+    """
     generator = random.Random(seed)
-    run = {**run, "training": {**CHAIN, **run["training"]}}
-    statuses = []
-    for how in attempts:
-        drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}
-        statuses.append(attempt(run, {**how, **drawn}))
-    return statuses
+    statuses: dict[str, list[int]] = {}
+    for name, chain in attempts.items():
+        here = {**run, "training": {**CHAIN, "output_dir": str(Path(root) / name)}}
+        statuses[name] = []
+        for how in chain:
+            drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}
+            statuses[name].append(attempt(here, {**how, **drawn}))
+    (Path(root) / "statuses.json").write_text(json.dumps(statuses))
 
 
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[2])
-    if sys.argv[1] == "chain":
-        sys.stdout.write(json.dumps(chain(**arguments)))
-    else:
-        train(**arguments)
+    {"chains": chains, "train": train}[sys.argv[1]](**json.loads(sys.argv[2]))

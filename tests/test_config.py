@@ -97,6 +97,10 @@ def test_floats_are_read_as_everyone_means_them(write: Any, written: str, value:
     by_file = load_config(write(MINIMAL + f"training: {{learning_rate: {written}}}")).training.learning_rate
     by_override = load_config(write(MINIMAL), [f"training.learning_rate={written}"]).training.learning_rate
     assert by_file == by_override == value
+    untyped = load_config(
+        write(MINIMAL + f"trainer: {{name: x, beta: {written}}}"), [f"trainer.other={written}"]
+    ).trainer
+    assert untyped["beta"] == untyped["other"] == value  # not the text of it
 
 
 @pytest.mark.parametrize("word", ["1e", "e5", "run-1e-5", "0x1e5z"])

@@ -263,18 +263,19 @@ def test_scale_lr_multiplies_by_the_pairs_of_a_step(start: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_one_step_is_the_optimizers_own(start: Any, optimizer: str) -> None:
-    trainer, source, config = start(max_train_steps=1, optimizer=optimizer, max_grad_norm=0, dropout=0.0)
+    adam = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-3}
+    trainer, source, config = start(max_train_steps=1, optimizer=optimizer, max_grad_norm=0, dropout=0.0, **adam)
     before = {name: p.detach().clone() for name, p in trainer.policy.named_trainable()}
     batch = source.batch(0, 0)
     trainer.loss(batch).loss.backward()
     parameters = trainer.policy.trainable_parameters()
     if optimizer == "adamw":
-        other: Any = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        other: Any = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1, eps=1e-3)
     else:
         from transformers.optimization import Adafactor
 
         options = {"relative_step": False, "scale_parameter": False, "clip_threshold": 1.0}
-        other = Adafactor(parameters, lr=1e-3, weight_decay=1e-2, **options)
+        other = Adafactor(parameters, lr=1e-3, weight_decay=0.1, **options)
     other.step()
     expected = {name: p.detach().clone() for name, p in trainer.policy.named_trainable()}
     with torch.no_grad():
@@ -346,13 +347,19 @@ def test_trackers_get_the_same_numbers(start: Any) -> None:
     assert values == pytest.approx(column(folder, "grad_norm"), rel=1e-6)
 
 
-def test_warnings_go_into_the_metrics(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_go_into_the_metrics_and_their_counters_into_checkpoints(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("diffalign.monitor.SATURATED_GATE", 1.0)
-    monkeypatch.setattr("diffalign.monitor.SATURATED_STEPS", 2)
-    folder = fit(*start())
+    monkeypatch.setattr("diffalign.monitor.SATURATED_STEPS", 3)
+    trainer, source, config = start(resume_from_checkpoint="latest")
+    trainer.update = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+    with pytest.raises(SystemExit):
+        fit(trainer, source, config)
+    folder = fit(*start(resume_from_checkpoint="latest"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (warning,) = [line for line in lines if line.get("event") == "warning"]
-    assert warning["step"] == 2
+    assert warning["step"] == 3
     assert "saturated" in warning["message"]
 
 
@@ -585,15 +592,19 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(start: Any, small_disk: tupl
     assert same(trained_file(disk / "run"), trained_file(whole))
 
 
-def launch(*command: str, **run: Any) -> str:
-    """Runs tests/runs.py in a process of its own; its standard output."""
+def launch(*command: str, **arguments: Any) -> None:
+    """Runs tests/runs.py in a process of its own."""
     root = str(RUNS.parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *command, json.dumps(run)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *command, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+
+
+def optimizer_state(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    state: dict[int, dict[str, torch.Tensor]] = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"]
+    return state
 
 
 @pytest.mark.slow
@@ -601,44 +612,45 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
     tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle of every kind of write, at random moments, and SIGTERM: all numbers stay, bit for bit."""
-
-    def run(name: str) -> dict[str, Any]:
-        folders = {"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache)}
-        return {**folders, "training": {"output_dir": str(tmp_path / name)}}
-
-    attempts = [
+    points = [
         {"point": "writing metrics", "count": 3},  # before the first checkpoint: it starts anew
-        {"seconds": 0.3},
         {"point": "writing the state", "count": 1},
         {"point": "before rename", "count": 1},
         {"point": "after rename", "count": 1},
+        {"point": "rewinding metrics", "count": 1},
         {"terminate": 5},
-        {"seconds": 0.3},
-        {"point": "writing metrics", "count": 2},
+        {"point": "writing metrics", "count": 1},
         {"point": "removing an old one", "count": 1},
-        {"seconds": 0.5},
-        {},
-        {},
     ]
-    output = launch(str(RUNS), "chain", run=run("killed"), attempts=attempts, seed=int.from_bytes(os.urandom(2), "big"))
-    statuses = json.loads(output)
-    assert json.loads(launch(str(RUNS), "chain", run=run("whole"), attempts=[{}], seed=0)) == [0]
-    assert statuses[-2:] == [0, 0]
-    assert statuses[5] == 0  # SIGTERM ends in order
-    by_kill = [status for status, how in zip(statuses, attempts, strict=True) if "point" in how]
-    assert by_kill == [signal.SIGKILL] * len(by_kill)
-    for kind in ("train", "validation"):
-        assert rows(tmp_path / "killed", kind) == rows(tmp_path / "whole", kind)
-        assert rows(tmp_path / "killed", kind)[-1]["step"] == 10
-    for folder in ("", "ema", "checkpoint-10"):
-        assert same(trained_file(tmp_path / "killed" / folder), trained_file(tmp_path / "whole" / folder))
-    killed, whole = (
-        torch.load(tmp_path / name / "checkpoint-10" / "state.pt", weights_only=True)["optimizer"]["state"]
-        for name in ("killed", "whole")
+    attempts: dict[str, list[dict[str, Any]]] = {
+        "whole": [{}],
+        "points": [*points, {}, {}],
+        "random": [{"seconds": 0.8}] * 4 + [{}],
+    }
+    launch(
+        *(str(RUNS), "chains"),
+        run={"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache)},
+        root=str(tmp_path),
+        attempts=attempts,
+        seed=int.from_bytes(os.urandom(2), "big"),
     )
-    assert killed.keys() == whole.keys()
-    assert all(same(killed[key], whole[key]) for key in whole)
-    assert not list((tmp_path / "killed").glob("*.partial"))
+    statuses = json.loads((tmp_path / "statuses.json").read_text())
+    assert statuses["whole"] == [0]
+    assert statuses["points"] == [signal.SIGKILL] * 5 + [0] + [signal.SIGKILL] * 2 + [0, 0]
+    assert statuses["random"][0] == signal.SIGKILL
+    assert statuses["random"][-1] == 0
+    whole = tmp_path / "whole"
+    for interrupted in (tmp_path / "points", tmp_path / "random"):
+        for kind in ("train", "validation"):
+            assert rows(interrupted, kind) == rows(whole, kind)
+            assert rows(interrupted, kind)[-1]["step"] == 10
+        for folder in ("", "ema", "checkpoint-10"):
+            assert same(trained_file(interrupted / folder), trained_file(whole / folder))
+        found, expected = optimizer_state(interrupted / "checkpoint-10"), optimizer_state(whole / "checkpoint-10")
+        assert found.keys() == expected.keys()
+        assert all(same(found[key], expected[key]) for key in expected)
+        assert CheckpointFolder(interrupted).steps() == [9, 10]
+        assert not list(interrupted.glob("*.partial"))
 
 
 @pytest.mark.slow

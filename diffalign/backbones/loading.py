@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,28 @@ if TYPE_CHECKING:
     from diffalign.policy import Policy
 
 BUILTIN = "diffalign://"
-FAMILIES = {"StableDiffusionPipeline": ("diffalign.backbones.sd", "StableDiffusionPolicy")}
-"""Pipeline class in `model_index.json` -> module and class of its policy."""
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of published pipelines that nothing here uses; they are not loaded."""
+FAMILIES = {
+    "StableDiffusionPipeline": "sd:StableDiffusionPolicy",
+    "StableDiffusionXLPipeline": "sdxl:StableDiffusionXLPolicy",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl:StableDiffusionXLRefinerPolicy",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3Policy",
+    "FluxPipeline": "flux:FluxPolicy",
+    "Flux2Pipeline": "flux2:Flux2Policy",
+    "Flux2KleinPipeline": "flux2:Flux2KleinPolicy",
+    "QwenImagePipeline": "qwen_image:QwenImagePolicy",
+    "ZImagePipeline": "z_image:ZImagePolicy",
+    "SanaPipeline": "sana:SanaPolicy",
+    "AnimateDiffPipeline": "animatediff:AnimateDiffPolicy",
+    "TextToVideoSDPipeline": "text_to_video:TextToVideoPolicy",
+    "CogVideoXPipeline": "cogvideox:CogVideoXPolicy",
+    "WanPipeline": "wan:WanPolicy",
+    "LTXPipeline": "ltx:LTXPolicy",
+    "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideoPolicy",
+    "MochiPipeline": "mochi:MochiPolicy",
+}
+"""Pipeline class in `model_index.json` -> module in this folder and class of its policy."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +50,18 @@ class LoRA:
     Attributes:
         rank: Rank of every adapter.
         alpha: Scale; the adapter is multiplied by alpha / rank. None means alpha = rank.
-        target_modules: Names of the layers that get one.
+        target_modules: Names of the layers that get one; None takes the family's, its attention projections.
         seed: Of the initial weights; the same seed gives the same run.
+        use_dora: Decompose weights into size and direction (Liu et al. 2024, arXiv:2402.09353).
+        use_rslora: Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     rank: int = 8
     alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] | None = None
     seed: int = 0
+    use_dora: bool = False
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -52,6 +77,7 @@ class ModelSource:
         location: Local folder, or the Hub id.
         family: Pipeline class of `model_index.json`.
         prediction: What its denoiser predicts, by its scheduler's configuration.
+        parts: Parts of the pipeline by `model_index.json`: name -> class, or None where there is none.
     """
 
     name: str
@@ -60,6 +86,7 @@ class ModelSource:
     prediction: Prediction
     revision: str | None = None
     variant: str | None = None
+    parts: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def inspect_model(name: str, revision: str | None = None, variant: str | None = None) -> ModelSource:
@@ -78,12 +105,22 @@ def inspect_model(name: str, revision: str | None = None, variant: str | None = 
     index = _read_json(folder, name, "model_index.json", revision)
     family = str(index.get("_class_name"))
     if family not in FAMILIES:
-        raise ValueError(f"{name}: pipeline class {family!r} is not supported yet (supported: {', '.join(FAMILIES)})")
+        raise ValueError(
+            f"{name}: pipeline class {family!r} is not supported (supported: {', '.join(FAMILIES)}); "
+            "docs/adding_a_model.md shows how to add a family"
+        )
+    parts = {key: value[1] for key, value in index.items() if isinstance(value, list) and len(value) == 2}
     if folder is not None:
-        _refuse_pickle(folder, index)
+        _refuse_pickle(folder, parts)
     scheduler = _read_json(folder, name, "scheduler/scheduler_config.json", revision)
-    prediction = Prediction.from_diffusers(str(scheduler.get("prediction_type", "epsilon")))
-    return ModelSource(name, location, family, prediction, revision, variant)
+    return ModelSource(name, location, family, _prediction(scheduler), revision, variant, parts)
+
+
+def _prediction(scheduler: Mapping[str, Any]) -> Prediction:
+    """A scheduler's configuration names what the denoiser predicts; flow-matching ones only by their class."""
+    if str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
+        return Prediction.VELOCITY
+    return Prediction.from_diffusers(str(scheduler.get("prediction_type", "epsilon")))
 
 
 def _local_folder(name: str) -> Path | None:
@@ -130,11 +167,13 @@ def _read_json(folder: Path | None, name: str, file: str, revision: str | None) 
     return content
 
 
-def _refuse_pickle(folder: Path, index: dict[str, Any]) -> None:
-    for part in ("unet", "vae", "text_encoder"):
-        if not index.get(part) or index[part][0] is None:
-            continue
+def _refuse_pickle(folder: Path, parts: Mapping[str, str | None]) -> None:
+    """Every part that is a model (it has a config.json) must have its weights as safetensors."""
+    for part, kind in parts.items():
         here = folder / part
+        is_model = here.is_dir() and ((here / "config.json").is_file() or any(here.glob("*.bin")))
+        if kind is None or part in UNUSED_PARTS or (here.is_dir() and not is_model):
+            continue
         if any(here.glob("*.safetensors")):
             continue
         if any(f.suffix in (".bin", ".pt", ".ckpt") for f in here.glob("*")):
@@ -143,6 +182,19 @@ def _refuse_pickle(folder: Path, index: dict[str, Any]) -> None:
                 "(load it once elsewhere and save it with save_pretrained)"
             )
         raise ValueError(f"{folder}: {part} has no weights; expected *.safetensors in {here}")
+
+
+def check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer without vocabulary, which transformers 5 makes silently where its files are missing.
+
+    Raises:
+        ValueError: If the tokenizer knows its special tokens only.
+    """
+    if tokenizer is not None and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{name}: the tokenizer has no vocabulary, only {len(tokenizer.get_vocab())} special tokens; expected its "
+            "files (vocab.json and merges.txt, or tokenizer.json) in the folder tokenizer: download the model again"
+        )
 
 
 def load_policy(
@@ -154,6 +206,8 @@ def load_policy(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: str = "native",
+    size: tuple[int, int] | None = None,
+    num_frames: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
 ) -> Policy:
@@ -167,6 +221,8 @@ def load_policy(
         dtype: Of the denoiser's frozen weights; trained weights are always float32. None means float32.
         device: Where to run.
         attention: See `diffalign.attention.set_attention`.
+        size: Height and width in pixels of what is encoded and drawn; None takes the model's own.
+        num_frames: Frames of a video; None takes the model's own.
         revision: Branch, tag or commit on the Hub.
         variant: Weight file variant such as "fp16".
 
@@ -174,9 +230,18 @@ def load_policy(
         ValueError: If the model cannot be used; see `inspect_model`.
     """
     source = name if isinstance(name, ModelSource) else inspect_model(name, revision, variant)
-    module, attribute = FAMILIES[source.family]
-    policy_class = getattr(importlib.import_module(module), attribute)
-    policy: Policy = policy_class.load(source, lora=lora, train=train, dtype=dtype, device=device, attention=attention)
+    module, _, attribute = FAMILIES[source.family].partition(":")
+    policy_class = getattr(importlib.import_module(f"diffalign.backbones.{module}"), attribute)
+    policy: Policy = policy_class.load(
+        source,
+        lora=lora,
+        train=train,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        size=size,
+        num_frames=num_frames,
+    )
     if adapter is not None:
         policy.load_trained(Path(adapter))
     return policy

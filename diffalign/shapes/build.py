@@ -42,6 +42,9 @@ TASK_WEIGHTS = {
 FREE_STEPS = 3500
 """Steps of the denoiser on freely placed scenes."""
 
+FIRST_CYCLE = 7000
+"""Steps after which the denoiser's learning rate, gone to zero, starts a second time."""
+
 
 class PromptSampler:
     """Draws training prompts: first a task by `TASK_WEIGHTS`, then one of its prompts uniformly."""
@@ -66,8 +69,9 @@ def to_pixels(images: list[np.ndarray]) -> Tensor:
 class Stage:
     """One resumable training: modules, optimizer, step counter and moving average in one state file."""
 
-    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float):
-        self.name, self.steps, self.decay = name, steps, ema
+    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, cycles: list[int], ema: float):
+        self.name, self.steps, self.decay = name, sum(cycles), ema
+        self.cycles = cycles
         self.path = work / f"{name}.pt"
         self.modules = modules
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
@@ -104,10 +108,8 @@ class Stage:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=5)
         last = time.monotonic()
         while self.step < self.steps:
-            # Warm-up over 100 steps, constant, and a linear way to zero over the last fifth.
-            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (0.2 * self.steps))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * factor
+                group["lr"] = self.lr * self._lr_factor()
             loss = loss_of(self.step)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -127,6 +129,15 @@ class Stage:
                 self.save()
         bar.close()
 
+    def _lr_factor(self) -> float:
+        """In each cycle: warm-up over 100 steps, constant, and a linear way to zero over the last fifth."""
+        step = self.step
+        for length in self.cycles:
+            if step < length:
+                return min(1.0, (step + 1) / 100, (length - step) / (0.2 * length))
+            step -= length
+        return 0.0
+
     def load_average(self) -> None:
         """Puts the moving average into the modules."""
         with torch.no_grad():
@@ -145,7 +156,7 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
     """The autoencoder: squared and absolute error, objects weighted up, and a light pull to a unit Gaussian."""
     torch.manual_seed(seed)
     vae = networks.build_vae()
-    stage = Stage("vae", work, {"vae": vae}, lr=2e-3, steps=steps, ema=0.995)
+    stage = Stage("vae", work, {"vae": vae}, lr=2e-3, cycles=[steps], ema=0.995)
     draw = PromptSampler()
 
     def loss_of(step: int) -> Tensor:
@@ -190,6 +201,7 @@ def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes
     """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped.
 
     The first `FREE_STEPS` see freely placed scenes, the others tidy ones, which a small network learns much sooner.
+    The learning rate goes to zero at `FIRST_CYCLE` and starts again.
     """
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(seed + 1)
@@ -204,7 +216,9 @@ def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes
     vae.register_to_config(scaling_factor=scaling)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
     scheduler = networks.build_scheduler()
-    stage = Stage("denoiser", work, {"text_encoder": text_encoder, "unet": unet}, lr=6e-4, steps=steps, ema=0.999)
+    modules = {"text_encoder": text_encoder, "unet": unet}
+    cycles = [steps] if steps <= FIRST_CYCLE else [FIRST_CYCLE, steps - FIRST_CYCLE]
+    stage = Stage("denoiser", work, modules, lr=6e-4, cycles=cycles, ema=0.999)
 
     def loss_of(step: int) -> Tensor:
         _, generator = _generators(seed, 3, step)
@@ -237,7 +251,7 @@ def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(seed + 2)
     scorer = networks.build_scorer(tokenizer)
-    stage = Stage("scorer", work, {"scorer": scorer}, lr=6e-4, steps=steps, ema=0.995)
+    stage = Stage("scorer", work, {"scorer": scorer}, lr=6e-4, cycles=[steps], ema=0.995)
     draw = PromptSampler()
 
     def pair(generator: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray]:
@@ -285,7 +299,7 @@ def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 7000, scorer_steps: int = 1875,
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 13_000, scorer_steps: int = 1875,
           scenes: int = 60_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
@@ -306,7 +320,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=7000)
+    parser.add_argument("--denoiser-steps", type=int, default=13_000)
     parser.add_argument("--scorer-steps", type=int, default=1875)
     parser.add_argument("--scenes", type=int, default=60_000)
     options = parser.parse_args()

@@ -171,6 +171,32 @@ def test_02_golden_vector(beta: float, z: float, loss: float) -> None:
     assert metrics["loss"] == output.loss.item() == pytest.approx(loss, rel=1e-5)
 
 
+def test_02_logs_belong_to_their_halves(lora_policy: Any, batches: Batches, policies: Any) -> None:
+    """Check 7.1.2 with four different errors: each log is the mean of the errors it names."""
+    policies.move_away(lora_policy)
+    trainer, batch = DiffusionDPO(lora_policy, beta=100.0), batches(3)
+    error, reference = (e.detach() for e in trainer.errors(trainer.noisy_states(batch)))
+    metrics = {name: float(value) for name, value in trainer.loss(batch).metrics.items()}
+    z = -50 * ((error[:3] - reference[:3]) - (error[3:] - reference[3:]))
+    expected = {
+        "model_mse": error,
+        "ref_mse": reference,
+        "error_chosen": error[:3],
+        "error_rejected": error[3:],
+        "ref_error_chosen": reference[:3],
+        "ref_error_rejected": reference[3:],
+        "z_mean": z,
+        "z_square": z**2,
+        "implicit_accuracy": (z > 0).float(),
+        "gate": torch.sigmoid(-z),
+        "loss": torch.nn.functional.softplus(-z),
+    }
+    assert metrics.keys() == expected.keys()
+    assert len({metrics[name] for name in list(expected)[:6]}) == 6
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(float(values.mean()), rel=1e-5), name
+
+
 def test_03_golden_gradients() -> None:
     """Check 7.1.3: gradients of both predictions; descent pulls the chosen one in and pushes the other away."""
     trainer = golden_trainer(beta=100.0)

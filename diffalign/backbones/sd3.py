@@ -1,0 +1,65 @@
+"""Stable Diffusion 3 and 3.5: a flow transformer with two CLIP encoders and, if it is there, T5.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206). The
+network reads t in 0..1000 and predicts noise - x0. Latents are shifted before they are scaled. T5 may be missing, as the
+published pipelines allow: its tokens are then zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.backbones.base import PipelinePolicy
+from diffalign.batches import Conditioning
+from diffalign.schedules import FlowSchedule
+
+__all__ = ["StableDiffusion3Policy"]
+
+
+class StableDiffusion3Policy(PipelinePolicy):
+    """A `StableDiffusion3Pipeline` as a policy.
+
+    The conditioning is {"hidden": [B, 77 + 256, width], "pooled": [B, width]}.
+    """
+
+    encoder_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    half_precision_text = True
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    guidance_scale = 7.0
+    num_inference_steps = 28
+
+    def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
+        self.schedule = FlowSchedule(int(self.pipeline.scheduler.config.num_train_timesteps))
+        factor = int(self.pipeline.vae_scale_factor)
+        side = int(self.denoiser.config.sample_size) * factor
+        self.size = size or (side, side)
+        self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
+        self.max_tokens = int(self.pipeline.tokenizer_max_length)
+
+    def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
+        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+        )
+        return {"hidden": hidden, "pooled": pooled}
+
+    def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = module(
+            hidden_states=noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning.tensors["hidden"],
+            pooled_projections=conditioning.tensors["pooled"],
+            return_dict=False,
+        )[0]
+        return output

@@ -1,0 +1,305 @@
+"""The contract that every family keeps, on tiny random pipelines saved in the published layout.
+
+The heart is `test_predict_is_the_pipelines_own_loop`: it hooks the scheduler while the diffusers pipeline draws, runs
+our `predict` from the same state, and compares both as noise - x0. It catches a wrong unit of time, a wrong sign, a
+missing time id or a wrong mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.backbones import LoRA, inspect_model, load_policy
+from diffalign.batches import PairBatch
+from diffalign.predictions import Prediction
+from diffalign.randomness import Draw
+from diffalign.trainers.diffusion_dpo import DiffusionDPO
+from tests.backbones.families import FAMILIES, PROMPTS, Family
+
+STEPS = 3
+
+
+class Tiny:
+    """One family's folder, its plain policy, and fresh ones."""
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        self.family, self.folder = family, folder
+        self.base = self.load()
+
+    def load(self, **options: Any) -> Any:
+        video = {"num_frames": self.family.num_frames} if self.family.num_frames > 1 else {}
+        return load_policy(str(self.folder), size=self.family.size, **video, **options)
+
+    def pipeline(self) -> Any:
+        kind = getattr(diffusers, self.family.pipeline_class)
+        pipeline = kind.from_pretrained(self.folder, dtype=torch.float32, **self.family.load)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw(self, pipeline: Any, guidance: float) -> Tensor:
+        """What the plain pipeline draws for `PROMPTS` with seeds 0, 1."""
+        family = self.family
+        frames = {"num_frames": family.num_frames} if family.num_frames > 1 else {}
+        output = pipeline(
+            prompt=list(PROMPTS),
+            height=family.size[0],
+            width=family.size[1],
+            generator=[torch.Generator().manual_seed(i) for i in range(len(PROMPTS))],
+            num_inference_steps=STEPS,
+            output_type="pt",
+            **{family.guidance_argument: guidance},
+            **frames,
+            **family.call,
+        )
+        media: Tensor = output.frames if family.num_frames > 1 else output.images
+        return media
+
+    def media(self, count: int = 2) -> Tensor:
+        """Smooth random pixels in [0, 1]: [B, 3, H, W] or [B, T, 3, H, W]."""
+        frames = (self.family.num_frames,) if self.family.num_frames > 1 else ()
+        return torch.rand((count, *frames, 3, *self.family.size), generator=torch.Generator().manual_seed(1))
+
+    def latents(self, count: int = 2) -> Tensor:
+        return torch.randn((count, *self.family.latent_shape), generator=torch.Generator().manual_seed(2))
+
+    def batch(self, policy: Any, count: int = 2) -> PairBatch:
+        draws = tuple(Draw(0, 0, f"pair-{i}") for i in range(count))
+        conditioning = policy.encode_prompts(PROMPTS[:count])
+        return PairBatch(conditioning, self.latents(count), self.latents(count).flip(0), torch.ones(count), draws)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=str)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    family: Family = request.param
+    folder = tmp_path_factory.mktemp(family.name) / "pipeline"
+    family.save(folder)
+    yield Tiny(family, folder)
+
+
+def some_timesteps(policy: Any) -> Tensor:
+    return torch.as_tensor(policy.schedule.timesteps_at(torch.tensor([0.31, 0.83])))
+
+
+def move_away(policy: Any, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in policy.named_trainable():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def test_it_is_recognised_and_its_shapes_are_known(tiny: Tiny) -> None:
+    family, policy = tiny.family, tiny.base
+    assert inspect_model(str(tiny.folder)).family == family.pipeline_class
+    assert policy.latent_shape == family.latent_shape
+    assert policy.size == family.size
+    assert policy.num_frames == family.num_frames
+    conditioning = policy.encode_prompts(PROMPTS)
+    assert len(conditioning) == 2
+    assert len(conditioning[[1]]) == 1
+    assert all(len(tensor) == 2 for tensor in conditioning.tensors.values())
+    assert all(t.dtype == torch.float32 for t in conditioning.tensors.values() if t.is_floating_point())
+    moments = policy.encode(tiny.media())
+    assert moments.mean.shape == moments.std.shape == (2, *family.latent_shape)
+    assert moments.mean.dtype == moments.std.dtype == torch.float32
+    decoded = policy.decode(moments.mean)
+    assert decoded.shape == tiny.media().shape
+    assert 0 <= float(decoded.min()) <= float(decoded.max()) <= 1
+    output = policy.predict(tiny.latents(), some_timesteps(policy), conditioning)
+    assert output.shape == (2, *family.latent_shape)
+    assert output.isfinite().all()
+    assert not any(m.training for m in policy.denoiser.modules())
+    assert policy.trainable_parameters() == []
+    assert policy.guidance_scale > 0
+    assert policy.num_inference_steps > 0
+    assert min(policy.token_counts(PROMPTS)) >= 2
+
+
+def test_rows_do_not_see_each_other(tiny: Tiny) -> None:
+    """Every row has its own timestep and prompt; prompts of different lengths change nothing for each other."""
+    policy, timesteps = tiny.base, some_timesteps(tiny.base)
+    conditioning = policy.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        together = policy.predict(tiny.latents(), timesteps, conditioning)
+        for i, prompt in enumerate(PROMPTS):
+            alone = policy.predict(tiny.latents()[i : i + 1], timesteps[i : i + 1], policy.encode_prompts([prompt]))
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=2e-5)
+        swapped = policy.predict(tiny.latents(), timesteps.flip(0), conditioning)
+        others = policy.predict(tiny.latents(), timesteps, conditioning[[1, 0]])
+    assert not torch.allclose(swapped, together, atol=1e-4)
+    assert not torch.allclose(others, together, atol=1e-6)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["guidance-off", "guidance-on"])
+def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
+    family, policy = tiny.family, tiny.base
+    if guided and family.guidance_on is None:
+        pytest.skip("no classifier-free guidance in this family")
+    guidance = family.guidance_on if guided else family.guidance_off
+    assert guidance is not None
+    pipeline = tiny.pipeline()
+    scheduler, seen = pipeline.scheduler, []
+    step = scheduler.step
+
+    def recording(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((model_output.clone(), torch.as_tensor(timestep), sample.clone()))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = recording
+    tiny.draw(pipeline, guidance)
+    assert len(seen) >= STEPS
+    conditional = policy.encode_prompts(PROMPTS)
+    unconditional = policy.encode_prompts([family.unconditional] * len(PROMPTS))
+    for output, timestep, sample in seen:
+        theirs = family.latents(policy, family.velocity(scheduler, output, sample, timestep))
+        noisy = family.latents(policy, sample)
+        timesteps = family.timesteps(timestep).reshape(1).expand(len(PROMPTS))
+        alphas, sigmas = policy.schedule.scales(timesteps)
+        assert float(sigmas[0]) == pytest.approx(family.noise_level(scheduler, timestep), abs=1e-5)
+        with torch.no_grad():
+            ours = policy.predict(noisy, timesteps, conditional)
+            if guided:
+                ours = family.guide(ours, policy.predict(noisy, timesteps, unconditional), guidance)
+        ours = policy.prediction.convert(ours.double(), Prediction.VELOCITY, noisy.double(), alphas, sigmas).float()
+        scale = max(1.0, float(theirs.abs().max()))
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=family.tolerance)
+
+
+def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> None:
+    guidance = tiny.family.guidance_on or tiny.family.guidance_off
+    drawn = tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    torch.testing.assert_close(drawn, tiny.draw(tiny.pipeline(), guidance), rtol=0, atol=1e-5)
+    torch.rand(3)
+    assert torch.equal(tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS), drawn)
+    alone = tiny.base.sample(PROMPTS[1:], [1], guidance_scale=guidance, num_inference_steps=STEPS)
+    torch.testing.assert_close(alone[0], drawn[1], rtol=0, atol=1e-4)
+    other = tiny.base.sample(PROMPTS[1:], [2], guidance_scale=guidance, num_inference_steps=STEPS)
+    assert not torch.allclose(other[0], drawn[1], atol=1e-4)
+
+
+def test_decoding_undoes_the_scaling_of_encoding(tiny: Tiny) -> None:
+    """Against the pipeline's own latents: what it decodes at the end of its loop is what our `decode` gives."""
+    pipeline = tiny.pipeline()
+    final: list[Tensor] = []
+
+    def last(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        final.append(values["latents"].clone())
+        return values
+
+    drawn = _draw_with_callback(tiny, pipeline, last)
+    torch.testing.assert_close(tiny.base.decode(tiny.family.latents(tiny.base, final[-1])), drawn, rtol=0, atol=1e-4)
+    moments = tiny.base.encode(tiny.media())
+    vae = tiny.base.pipeline.vae
+    pixels = tiny.media() * 2 - 1
+    with torch.no_grad():
+        raw, _ = tiny.base._raw_moments(vae, pixels.transpose(1, 2) if tiny.family.num_frames > 1 else pixels)
+        again = tiny.base._pixels(vae, raw)
+    again = (again.transpose(1, 2) if tiny.family.num_frames > 1 else again) / 2 + 0.5
+    torch.testing.assert_close(tiny.base.decode(moments.mean), again.clamp(0, 1), rtol=0, atol=1e-4)
+
+
+def _draw_with_callback(tiny: Tiny, pipeline: Any, callback: Any) -> Tensor:
+    call = dict(tiny.family.call)
+    call["callback_on_step_end"] = callback
+    object.__setattr__(tiny.family, "call", call)
+    try:
+        return tiny.draw(pipeline, tiny.family.guidance_off)
+    finally:
+        call.pop("callback_on_step_end")
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=4.0), None], ids=["lora", "full"])
+def test_the_reference_is_the_base_bit_for_bit(tiny: Tiny, lora: LoRA | None) -> None:
+    policy = tiny.load(lora=lora, train=True)
+    arguments = (tiny.latents(), some_timesteps(policy), policy.encode_prompts(PROMPTS))
+    with torch.no_grad():
+        expected = tiny.base.predict(*arguments)
+    assert torch.equal(policy.predict(*arguments), expected)
+    move_away(policy)
+    reference = policy.frozen().predict(*arguments)
+    assert torch.equal(reference, expected)
+    assert not reference.requires_grad
+    moved = policy.predict(*arguments)
+    assert moved.requires_grad
+    assert not torch.allclose(moved, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
+def test_training_lowers_the_loss_of_a_fixed_pair(tiny: Tiny, lora: LoRA | None) -> None:
+    policy = tiny.load(lora=lora, train=True)
+    trainer, batch = DiffusionDPO(policy, beta=500.0), tiny.batch(policy)
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-3 if lora else 1e-4)
+    losses = []
+    for _ in range(4):
+        output = trainer.loss(batch)
+        output.loss.backward()
+        if not losses:
+            assert all(parameter.grad is not None for parameter in policy.trainable_parameters() if lora)
+            assert any(bool(p.grad.abs().any()) for p in policy.trainable_parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.loss.detach()))
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[-1] < losses[0] - 1e-4
+
+
+def test_trained_weights_go_through_their_file(tiny: Tiny, tmp_path: Path) -> None:
+    """The LoRA file, read by plain diffusers and by a fresh policy, draws what the trained policy draws."""
+    policy = tiny.load(lora=LoRA(rank=2, alpha=6.0), train=True)
+    move_away(policy)
+    policy.save_trained(tmp_path)
+    guidance = tiny.family.guidance_off
+    expected = policy.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    untrained = tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    assert not torch.allclose(expected, untrained, atol=1e-4)
+    fresh = tiny.load(adapter=tmp_path)
+    drawn = fresh.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    if tiny.family.has_lora_loader:
+        pipeline = tiny.pipeline()
+        pipeline.load_lora_weights(tmp_path)
+        torch.testing.assert_close(tiny.draw(pipeline, guidance), expected, rtol=0, atol=1e-5)
+
+
+def test_full_weights_go_through_their_folder(tiny: Tiny, tmp_path: Path) -> None:
+    policy = tiny.load(train=True)
+    move_away(policy, 0.01)
+    policy.save_trained(tmp_path)
+    fresh = tiny.load(adapter=tmp_path)
+    arguments = (tiny.latents(), some_timesteps(policy), policy.encode_prompts(PROMPTS))
+    with torch.no_grad():
+        assert torch.equal(fresh.predict(*arguments), policy.predict(*arguments))
+        assert torch.equal(fresh.frozen().predict(*arguments), tiny.base.predict(*arguments))
+
+
+def test_encoders_are_freed_and_come_back(tiny: Tiny) -> None:
+    policy = tiny.load()
+    known, moments, embedded = policy.encoder_fingerprint(), policy.encode(tiny.media()), policy.encode_prompts(PROMPTS)
+    policy.free_encoders()
+    with pytest.raises(RuntimeError, match=r"was freed; call reload_encoders\(\) first"):
+        policy.encode(tiny.media())
+    with pytest.raises(RuntimeError, match=r"was freed; call reload_encoders\(\) first"):
+        policy.encode_prompts(PROMPTS)
+    policy.reload_encoders()
+    assert torch.equal(policy.encode(tiny.media()).mean, moments.mean)
+    again = policy.encode_prompts(PROMPTS)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in embedded.tensors.items())
+    assert tiny.base.encoder_fingerprint() == known
+
+
+def test_a_denoiser_in_bfloat16_predicts_and_draws(tiny: Tiny) -> None:
+    policy = tiny.load(lora=LoRA(rank=2), train=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    arguments = (tiny.latents(), some_timesteps(policy), policy.encode_prompts(PROMPTS))
+    output = policy.predict(*arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(output.float(), tiny.base.predict(*arguments), rtol=0.1, atol=0.1)
+    drawn = policy.sample(PROMPTS, [0, 1], num_inference_steps=2)
+    assert drawn.dtype == torch.float32
+    assert drawn.isfinite().all()
