@@ -55,7 +55,7 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, rising."""
-        names = (_NAME.match(p.name) for p in self.output_dir.glob("checkpoint-*") if p.is_dir())
+        names = (_NAME.match(p.parent.name) for p in self.output_dir.glob("checkpoint-*/state.pt"))
         return sorted(int(m.group(1)) for m in names if m)
 
     def path(self, step: int) -> Path:
@@ -91,8 +91,7 @@ class CheckpointFolder:
                 os.fsync(file.fileno())
             save_weights(partial)
             write_text(partial / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             os.replace(partial, final)
         except WRITE_ERRORS as error:
             problem = write_problem(error, self.output_dir)
@@ -102,7 +101,9 @@ class CheckpointFolder:
             raise CheckpointError(f"could not save {final}: {problem}; {last}; free some space and resume") from error
         if self.total_limit is not None:
             for old in self.steps()[: -self.total_limit]:
-                shutil.rmtree(self.path(old))
+                _remove(self.path(old))
+        for rest in self.output_dir.glob("checkpoint-*.removed"):
+            shutil.rmtree(rest, ignore_errors=True)
         return final
 
     def find(self, wanted: str) -> Path | None:
@@ -119,6 +120,15 @@ class CheckpointFolder:
                 return path
         found = ", ".join(f"checkpoint-{s}" for s in self.steps()) or "none"
         raise CheckpointError(f"resume_from_checkpoint: {wanted!r} is no checkpoint (in {self.output_dir}: {found})")
+
+
+def _remove(folder: Path) -> None:
+    """Takes a checkpoint's name away before its files: whoever is killed in between leaves no half of it behind."""
+    if folder.exists():
+        removed = folder.with_name(folder.name + ".removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(folder, removed)
+        shutil.rmtree(removed)
 
 
 FREE_TO_CHANGE = (
@@ -138,8 +148,14 @@ FREE_TO_CHANGE = (
     "pairs",
     "model.attention",
     "model.gradient_checkpointing",
+    "model.torch_compile",
+    "model.torch_compile_backend",
+    "model.channels_last",
+    "model.vae_slicing",
+    "training.fused_optimizer",
 )
-"""Settings that may differ when a run is resumed: they do not change the numbers of the steps to come."""
+"""Settings that may differ when a run is resumed: they do not change the numbers of the steps to come, except for the
+rounding of the fastest ones."""
 
 
 def compare_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -96,9 +96,13 @@ def score(index: str, models: tuple[str, ...], output: str | None, batch_size: i
 @cli.command()
 @click.argument("config")
 @OVERRIDES
-def train(config: str, overrides: tuple[str, ...]) -> None:
-    """Align the model of CONFIG on its pairs."""
-    click.echo(_commands().train(config, overrides))
+@click.option("--dry-run", is_flag=True, help="Say what the run would train, hold in memory and compute, then stop.")
+def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Align the model of CONFIG on its pairs.
+
+    With several processes: accelerate launch --config_file configs/accelerate/ddp.yaml -m diffalign train CONFIG
+    """
+    click.echo(_commands().train(config, overrides, dry_run))
 
 
 @cli.command()

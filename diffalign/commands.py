@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -21,13 +21,15 @@ from diffalign import checkpoints
 from diffalign.backbones import LoRA, ModelSource, inspect_model, load_policy
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder, write_text
-from diffalign.config import ConfigError, RunConfig, dump_config, load_config, trainer_settings
+from diffalign.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config, trainer_settings
 from diffalign.data import DataConfig, EncodedPairs, PairSource, check_source, encode_pairs, load_pairs
 from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts, to_png, weights_fingerprint
 from diffalign.loop import fit, make_accelerator
 from diffalign.mining import mine_pairs
 from diffalign.policy import Policy
+from diffalign.quantization import check_quantization
 from diffalign.randomness import Draw
+from diffalign.sharding import is_sharded
 
 logger = logging.getLogger("diffalign")
 
@@ -43,6 +45,57 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def picture_size(config: RunConfig) -> tuple[int, int] | None:
+    """Height and width of what a run encodes and draws, as the sections `model` and `data` say; None: the model's own.
+
+    Raises:
+        ConfigError: If they contradict each other.
+    """
+    wanted, data = config.model.resolution, config.data.resolution if config.data is not None else None
+    size = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if data is not None and size is not None and size != (data, data):
+        raise ConfigError(f"model.resolution is {wanted} and data.resolution is {data}; leave out data.resolution")
+    return size if size is not None or data is None else (data, data)
+
+
+def load_model(
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    train: bool = False,
+    adapter: str | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Policy:
+    """The policy of a configuration: how `train`, `pairs`, `sample` and `evaluate` all load it.
+
+    Args:
+        model: The section `model`.
+        source: The model it names, looked at already.
+        train: Whether to train it: with the adapters of `model.lora`, or whole.
+        adapter: Trained weights to put on top.
+        size: Height and width in pixels; None takes the model's own.
+        dtype: Of the denoiser's frozen weights; None means float32.
+        device: None picks the accelerator that is there, or the CPU.
+    """
+    policy: Any = load_policy(
+        source,
+        lora=LoRA(**model.lora.model_dump()) if train and model.lora is not None else None,
+        train=train,
+        adapter=adapter,
+        dtype=dtype,
+        device=device or pick_device(),
+        attention=model.attention,
+        size=size,
+        num_frames=model.num_frames,
+        quantization=model.quantization,
+    )
+    if model.vae_slicing or model.vae_tiling:
+        policy.divide_vae(slicing=model.vae_slicing, tiling=model.vae_tiling)
+    return cast(Policy, policy)
+
+
 def sample(
     model: str, prompts: str, output: str, adapter: str | None, limit: int | None, sampling: Mapping[str, Any]
 ) -> str:
@@ -50,7 +103,7 @@ def sample(
     settings = SamplingConfig(**sampling)
     source = inspect_model(model)
     rows = read_prompts(prompts, limit, settings.seed)
-    policy = load_policy(source, adapter=adapter, device=pick_device())
+    policy = load_model(ModelConfig(pretrained_model_name_or_path=model), source, adapter=adapter)
     index = generate(
         policy, make_requests(rows, settings), output, settings, settings={"model": model, "adapter": adapter}
     )
@@ -68,7 +121,7 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     reward_model = load_reward_model(
         config.pairs.reward_model, **{"device": pick_device(), **config.pairs.reward_options}
     )
-    policy = load_policy(source, adapter=config.model.adapter, device=pick_device())
+    policy = load_model(config.model, source, adapter=config.model.adapter, size=picture_size(config))
     out = pairs_folder(config)
     model = {"model": config.model.pretrained_model_name_or_path, "adapter": config.model.adapter}
     seed = config.seed if config.pairs.seed is None else config.pairs.seed
@@ -129,9 +182,13 @@ def data_config(config: RunConfig) -> DataConfig:
     return DataConfig(train_data_dir=folder)
 
 
-def train(config_path: str, overrides: Sequence[str] = ()) -> str:
-    """Body of `diffalign train`."""
+def train(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False) -> str:
+    """Body of `diffalign train`; with `dry_run` only what the run would cost, and nothing is written."""
     config = load_config(config_path, overrides)
+    if dry_run:
+        from diffalign.estimate import estimate_run
+
+        return str(estimate_run(config, _checked(config)))
     output_dir = train_config(config)
     return f"trained weights: {output_dir}\nmetrics: {output_dir / 'metrics.jsonl'}"
 
@@ -146,10 +203,9 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
     Raises:
         ValueError: If the configuration, model, data or checkpoint cannot be used; before any weights are loaded.
     """
+    source = _checked(config)
     trainer_class, settings = trainer_settings(config)
     training = config.training.model_copy(update={"output_dir": config.output_dir})
-    source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
-    trainer_class.check_prediction(source.prediction)
     data = data_config(config)
     check_source(data)
     whole = config.model_dump(mode="json")
@@ -181,25 +237,44 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
         caption_dropout=settings.caption_dropout,
     )
     validate = _Validation(trainer, config, validation_view, accelerator.device, accelerator.is_main_process)
-    return fit(trainer, pair_source, training, settings=whole, accelerator=accelerator, validate=validate)
+    folder = fit(trainer, pair_source, training, settings=whole, accelerator=accelerator, validate=validate)
+    accelerator.end_training()
+    return folder
+
+
+def _checked(config: RunConfig) -> ModelSource:
+    """The model of a training run, if method, model and settings fit together; loads no weights."""
+    trainer_class, _ = trainer_settings(config)
+    model = config.model
+    if model.adapter is not None:
+        raise ConfigError("model.adapter with `train`: training on top of a trained adapter is not supported yet")
+    if model.quantization is not None:
+        if model.lora is None:
+            raise ConfigError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
+        check_quantization(model.quantization, pick_device())
+    picture_size(config)
+    source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
+    trainer_class.check_prediction(source.prediction)
+    return source
 
 
 def _training_policy(config: RunConfig, source: ModelSource, device: torch.device) -> Policy:
-    lora = config.model.lora
-    policy = load_policy(
+    model = config.model
+    policy: Any = load_model(
+        model,
         source,
-        lora=LoRA(lora.rank, lora.alpha, lora.target_modules) if lora is not None else None,
         train=True,
-        adapter=None,
+        size=picture_size(config),
         dtype=WEIGHT_DTYPES[config.training.mixed_precision],
         device=device,
-        attention=config.model.attention,
     )
-    if config.model.adapter is not None:
-        raise ConfigError("model.adapter with `train`: training on top of a trained adapter is not supported yet")
-    if config.model.gradient_checkpointing:
-        policy.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    return policy
+    if model.gradient_checkpointing:
+        policy.denoiser.enable_gradient_checkpointing()
+    if model.channels_last:
+        policy.to_channels_last()
+    if model.torch_compile:
+        policy.compile(model.torch_compile_backend)
+    return cast(Policy, policy)
 
 
 def _check_resume(training: Any, whole: Mapping[str, Any]) -> None:
@@ -235,7 +310,8 @@ class _Validation:
 
     def __call__(self, step: int) -> dict[str, float]:
         values = self._triples()
-        if self.config.training.validation_prompts and self.main:
+        # A sharded denoiser draws with all processes or not at all.
+        if self.config.training.validation_prompts and (self.main or is_sharded(self.policy.denoiser)):
             values |= self._pictures(step)
         return values
 
@@ -262,6 +338,8 @@ class _Validation:
             num_inference_steps=sampling.num_inference_steps,
         )
         self.policy.free_encoders()
+        if not self.main:
+            return {}
         folder = Path(self.config.output_dir) / "validation"
         folder.mkdir(parents=True, exist_ok=True)
         row = torch.cat(list(images), dim=2)  # side by side
@@ -302,7 +380,8 @@ def evaluate_config(config: RunConfig) -> Any:
     requests = make_requests(rows, sampling)
     models = [load_reward_model(name, device=pick_device()) for name in evaluation.reward_models]
     folder = run / "evaluation"
-    policy = load_policy(source, adapter=adapter, device=pick_device())
+    policy = load_model(config.model, source, adapter=adapter, size=picture_size(config))
+    sampling = sampling.resolved(policy)
     settings: dict[str, Any] = {"n_expected": len(requests)}
     for side, reference in (("base", True), ("aligned", False)):
         weights = weights_fingerprint(policy, reference=reference)

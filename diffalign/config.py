@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from diffalign.data import DataConfig
 from diffalign.generation import SamplingConfig
@@ -29,11 +29,21 @@ class _Strict(BaseModel):
 
 
 class LoRAConfig(_Strict):
-    """Low-rank adapters; leave the whole section out for full fine-tuning."""
+    """Low-rank adapters; leave the whole section out for full fine-tuning.
+
+    Attributes:
+        rank: Rank of every adapter.
+        alpha: Scale; the adapter is multiplied by alpha / rank. None means alpha = rank.
+        target_modules: Names of the layers that get one; None takes the model family's own.
+        use_dora: Weights in size and direction, trained apart (arXiv:2402.09353).
+        use_rslora: Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732).
+    """
 
     rank: int = Field(default=8, ge=1)
     alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
 
 
 class ModelConfig(_Strict):
@@ -47,6 +57,15 @@ class ModelConfig(_Strict):
         adapter: Trained weights to start from or to evaluate, as a run's output folder holds them.
         attention: "native", "xformers", or a diffusers attention backend.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        resolution: Side in pixels of what is encoded and drawn, or [height, width]; None takes `data.resolution`, and
+            without that the model's own.
+        num_frames: Frames of a video; None takes the model's own.
+        quantization: "nf4" (bitsandbytes) or "int8" (torchao) weights of the denoiser under the adapters, QLoRA.
+        torch_compile: Compile the denoiser; worth its minutes in long runs on a GPU.
+        torch_compile_backend: Backend of `torch.compile`.
+        channels_last: Weights of a UNet in the order that convolutions on GPUs like best.
+        vae_slicing: Encode and decode one picture at a time, to save memory.
+        vae_tiling: Encode and decode large pictures in overlapping tiles; changes latents slightly where tiles meet.
     """
 
     pretrained_model_name_or_path: str
@@ -56,6 +75,14 @@ class ModelConfig(_Strict):
     adapter: str | None = None
     attention: str = "native"
     gradient_checkpointing: bool = False
+    resolution: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    num_frames: int | None = Field(default=None, ge=1)
+    quantization: Literal["nf4", "int8"] | None = None
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
+    channels_last: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
 
 
 class TrainingConfig(_Strict):
@@ -71,6 +98,7 @@ class TrainingConfig(_Strict):
         lr_scheduler: Name of a diffusers schedule ("constant", "constant_with_warmup", "linear", "cosine", ...).
         lr_warmup_steps: In optimizer steps, whatever the number of processes.
         optimizer: "adamw", "adamw_8bit" (needs bitsandbytes) or "adafactor".
+        fused_optimizer: AdamW in one kernel instead of one per operation; the same numbers up to rounding.
         max_grad_norm: Global norm to clip at; 0 switches clipping off.
         mixed_precision: "no", "fp16" or "bf16"; trained weights and errors stay float32.
         use_ema: Keep a moving average of the trained weights, saved under `ema/`.
@@ -96,6 +124,7 @@ class TrainingConfig(_Strict):
     lr_scheduler: str = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=0, ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    fused_optimizer: bool = False
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2

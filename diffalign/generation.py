@@ -46,8 +46,8 @@ class SamplingConfig(BaseModel):
 
     Attributes:
         guidance_scale: Weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) in the convention of
-            diffusers: 1 switches it off.
-        num_inference_steps: Steps of the pipeline's sampler.
+            diffusers: 1 switches it off. None is what the model's family is usually sampled with.
+        num_inference_steps: Steps of the pipeline's sampler; None likewise.
         num_images_per_prompt: Images for each prompt, each with its own seed.
         batch_size: Images per forward pass. It changes the last digits of float32 sums, so it belongs to the settings
             that a folder is tied to.
@@ -56,11 +56,16 @@ class SamplingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    guidance_scale: float = Field(default=7.5, ge=0, allow_inf_nan=False)
-    num_inference_steps: int = Field(default=25, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     num_images_per_prompt: int = Field(default=1, ge=1)
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0
+
+    def resolved(self, policy: Policy) -> SamplingConfig:
+        """The same settings with the family's own numbers where none were given."""
+        own = {"guidance_scale": policy.guidance_scale, "num_inference_steps": policy.num_inference_steps}
+        return self.model_copy(update={k: v for k, v in own.items() if getattr(self, k) is None})
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ def generate(
         NonFiniteImageError: If the model draws NaN; no file is written for that image.
     """
     _check(requests)
+    sampling = sampling.resolved(policy)
     out_dir = Path(out_dir)
     _warn_of_long_prompts(policy, requests)
     claim_folder(out_dir, _everything(policy, requests, sampling, reference, settings), (INDEX_FILE, IMAGE_FOLDER))

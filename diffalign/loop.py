@@ -12,18 +12,21 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign import checkpoints
+from diffalign import checkpoints, sharding
+from diffalign.backbones.base import under_autocast
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
@@ -33,6 +36,14 @@ from diffalign.optimizers import make_optimizer
 logger = logging.getLogger("diffalign")
 
 Validate = Callable[[int], Mapping[str, float]]
+
+WRAPPERS = ("DistributedDataParallel", "FSDPModule", "DeepSpeedEngine")
+"""What makes several processes one training: at least one of them must be around the denoiser."""
+MAX_SKIPPED_STEPS = 30
+"""A gradient scaler halves its scale at every skipped step; after so many the scale is not to blame."""
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other: one of them may be drawing or scoring validation pictures."""
 
 
 class BatchSource(Protocol):
@@ -81,10 +92,30 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
         log_with=None if config.report_to in (None, "none") else config.report_to,
         project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not see each other
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("FSDP1 is not supported; set fsdp_version: 2 as configs/accelerate/fsdp2.yaml does")
+        # Sharding's own mixed precision would round norms too, which autocast leaves alone.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if config.use_ema or config.resume_from_checkpoint:
+            raise ValueError(
+                "DeepSpeed runs have no moving average and cannot be resumed; leave out training.use_ema and "
+                "training.resume_from_checkpoint, or use configs/accelerate/fsdp2.yaml"
+            )
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "gradient_clipping": config.max_grad_norm,
+        }
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ValueError(
@@ -110,17 +141,23 @@ def fit(
         source: Where batches come from.
         config: The loop's settings.
         settings: The whole run's configuration, to be compared when a checkpoint is resumed; `config` if None.
-        accelerator: To share one with the caller; made from `config` if None.
+        accelerator: To share one with the caller, from `make_accelerator`; made from `config` if None.
         validate: Called every `validation_steps` with the step, before the first step included; gives metrics.
 
     Returns:
         The output folder, with the trained weights as diffusers publishes them.
 
     Raises:
+        ValueError: If there is nothing to train, or the accelerator was made for another configuration.
         NonFiniteLossError: If a loss is infinite or not a number; the batch is saved for replay first.
         checkpoints.CheckpointError: If a checkpoint cannot be saved, or belongs to another configuration.
     """
     accelerator = accelerator or make_accelerator(config)
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise ValueError(
+            f"the accelerator accumulates {accelerator.gradient_accumulation_steps} micro steps, the configuration "
+            f"{config.gradient_accumulation_steps}; make it with make_accelerator(config)"
+        )
     run = _Run(trainer, source, config, settings or {"training": config.model_dump(mode="json")}, accelerator)
     return run.go(validate)
 
@@ -143,32 +180,61 @@ class _Run:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.folder = CheckpointFolder(self.output_dir, config.checkpoints_total_limit)
         self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
-        self.parameters: list[torch.nn.Parameter] = self.policy.trainable_parameters()
-        if not self.parameters:
+        parameters = self.policy.trainable_parameters()
+        if not parameters:
             raise ValueError("the policy has no trainable parameters; load it with lora=... or train=True")
         pairs_per_step = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
-        optimizer = make_optimizer(self.parameters, config, pairs_per_step)
-        self.policy.wrapped, self.optimizer = accelerator.prepare(self.policy.denoiser, optimizer)
+        optimizer = make_optimizer(parameters, config, pairs_per_step)
         # The schedule is stepped here, once per optimizer step, so that warm-up counts optimizer steps on any
-        # number of processes; accelerate would step a prepared one once per process.
+        # number of processes; accelerate would step a prepared one once per process. It comes before `prepare`, which
+        # remembers the optimizer's `step` and would put one back that the schedule does not know.
         self.scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        self.policy.wrapped, self.optimizer = self._wrap(optimizer)
+        # Sharding puts other parameters into the denoiser, so they are named again here.
+        self.names, self.parameters = map(list, zip(*self.policy.named_trainable(), strict=True))
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which steps and clips by itself
+        self.sharded = self.deepspeed or sharding.is_sharded(self.policy.denoiser)
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.use_ema else None
         self.warnings = EarlyWarnings()
         self.step = 0
         self._gradients_seen = False
+        self._skipped = 0
+        self._failure: tuple[PairBatch, Any] | None = None
+
+    def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
+        """The denoiser as several processes train it, and the optimizer; see `WRAPPERS`."""
+        accelerator, denoiser = self.accelerator, self.policy.denoiser
+        if sharding.is_sharded(denoiser):  # the caller's own choice; accelerate would put DDP around it
+            wrapped, prepared = denoiser, accelerator.prepare(optimizer)
+        else:
+            if accelerator.is_fsdp2:
+                plugin = accelerator.state.fsdp_plugin
+                plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sharding.blocks(denoiser)
+            wrapped, prepared = accelerator.prepare(denoiser, optimizer)
+            if sharding.is_sharded(denoiser) and self.config.mixed_precision != "no":
+                under_autocast(denoiser, AUTOCAST[self.config.mixed_precision])
+        self.policy.shard_reference()
+        kinds = {kind.__name__ for kind in type(wrapped).__mro__}
+        if accelerator.num_processes > 1 and not kinds & set(WRAPPERS):
+            raise RuntimeError(
+                f"{accelerator.num_processes} processes were started, but accelerate left the denoiser a plain "
+                f"{type(wrapped).__name__} and each would train for itself; check the accelerate config"
+            )
+        return wrapped, prepared
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def go(self, validate: Validate | None) -> Path:
         config, accelerator = self.config, self.accelerator
         self._resume()
+        accelerator.step = 0  # counts micro steps; a run that failed in the middle of one may have left it anywhere
         if accelerator.log_with:
             accelerator.init_trackers("diffalign", config=_flat(self.settings))
         bar = tqdm(
@@ -197,11 +263,9 @@ class _Run:
                         raise SystemExit(0)
         finally:
             bar.close()
-            if accelerator.log_with:
-                accelerator.end_training()
-        if accelerator.is_main_process:
-            self._save_final()
-        accelerator.wait_for_everyone()
+            for tracker in accelerator.trackers:  # `end_training` would also end the talk between processes
+                tracker.finish()
+        self._save_final()
         return self.output_dir
 
     def _one_step(self, bar: Any) -> None:
@@ -210,31 +274,29 @@ class _Run:
         sums: dict[str, Tensor] = {}
         for micro in range(config.gradient_accumulation_steps):
             batch = self.source.batch(self.step, micro).to(accelerator.device)
-            final = micro == config.gradient_accumulation_steps - 1
-            if final:
+            with accelerator.accumulate(self.policy.wrapped):
                 output = self._micro_step(batch, sums)
-            else:
-                with accelerator.no_sync(self.policy.wrapped):
-                    self._micro_step(batch, sums)
-        if not self._gradients_seen:
+        if not self._gradients_seen and not self.deepspeed:
             self._check_gradients()
         limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
-        norm = accelerator.clip_grad_norm_(self.parameters, limit)
-        if accelerator.scaler is None and not bool(torch.isfinite(norm)):  # a scaler skips such steps by itself
-            self._report_non_finite(batch, output, "gradient")
+        norm = sharding.whole(torch.as_tensor(accelerator.clip_grad_norm_(self.parameters, limit)))
+        self._refuse_non_finite(norm, batch, output)
         self.optimizer.step()
         lr = self.scheduler.get_last_lr()[0]
-        if not accelerator.optimizer_step_was_skipped:
+        skipped = accelerator.optimizer_step_was_skipped
+        self._skipped = self._skipped + 1 if skipped else 0
+        if not skipped:
             self.scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.ema is not None:
-            self.ema.step(self.parameters)
         self.trainer.update(self.step)
         self.source.update(self.step)
         values = self._reduce(sums)
         values |= {"grad_norm": float(norm), "lr": lr, "seconds": time.perf_counter() - started}
-        bar.set_postfix(loss=f"{values['loss']:.4f}", acc=f"{values['implicit_accuracy']:.2f}", refresh=False)
+        shown = {"loss": "loss", "acc": "implicit_accuracy"}
+        bar.set_postfix({k: f"{values[v]:.4f}" for k, v in shown.items() if v in values}, refresh=False)
         bar.update()
         if accelerator.is_main_process:
             for message in self.warnings.observe(values):
@@ -244,12 +306,25 @@ class _Run:
 
     def _micro_step(self, batch: PairBatch, sums: dict[str, Tensor]) -> Any:
         output = self.trainer.loss(batch)
-        if not bool(torch.isfinite(output.loss)):
-            self._report_non_finite(batch, output, "loss")
-        self.accelerator.backward(output.loss / self.config.gradient_accumulation_steps)
+        if self._failure is None and not bool(torch.isfinite(output.loss)):
+            self._failure = (batch, output)  # to be reported when all processes have finished the step
+        self.accelerator.backward(output.loss)  # which divides by the number of accumulation steps
         for name, value in output.metrics.items():
             sums[name] = sums.get(name, 0) + value.double() / self.config.gradient_accumulation_steps
         return output
+
+    def _refuse_non_finite(self, norm: Tensor, batch: PairBatch, output: Any) -> None:
+        """Stops all processes together, whichever met the bad number; one that stopped alone would hang the rest."""
+        if self._anyone(self._failure is not None):
+            if self._failure is not None:
+                self._report_non_finite(*self._failure, "loss")
+            raise NonFiniteLossError(
+                f"the loss of step {self.step + 1} is not finite in another process, whose message names the pairs"
+            )
+        # A scaler skips steps with infinite gradients by itself, and is right to for as long as its scale shrinks.
+        scaled = self.accelerator.scaler is not None and self._skipped < MAX_SKIPPED_STEPS
+        if not scaled and not bool(torch.isfinite(norm)):  # the same norm in every process
+            self._report_non_finite(batch, output, "gradient")
 
     def _check_gradients(self) -> None:
         """After the first backward pass: an adapter switched off at the wrong moment loses gradients silently."""
@@ -284,6 +359,8 @@ class _Run:
         bad = [i for i, loss in zip(ids, output.losses.tolist(), strict=True) if not abs(loss) < 1e30]
         path = self.output_dir / "failures" / f"step-{self.step}-rank-{self.accelerator.process_index}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Only plain weights: other processes, which may not have failed, would have to help with sharded ones.
+        own = {} if self.sharded else dict(zip(self.names, self.parameters, strict=True))
         torch.save(
             {
                 "step": self.step,
@@ -293,7 +370,7 @@ class _Run:
                 "rejected": batch.rejected.cpu(),
                 "weight": batch.weight.cpu(),
                 "losses": output.losses.cpu(),
-                "weights": {n: p.detach().cpu() for n, p in self.policy.named_trainable()},
+                "weights": {name: parameter.detach().cpu() for name, parameter in own.items()},
                 "settings": dict(self.settings),
             },
             path,
@@ -307,59 +384,103 @@ class _Run:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        weights = self._whole_weights()
+        state = {
+            "step": self.step,
+            "weights": weights,
+            "optimizer": None if self.deepspeed else sharding.optimizer_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "ema": self._ema_state(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "warnings": self.warnings.state(),
+        }
+
+        def write() -> None:
+            with sharding.published(self.policy.denoiser, weights if self.sharded else {}):
+                self.folder.save(self.step, state, self.settings, self.policy.save_trained)
+
+        self._on_main(write)
+
+    def _save_final(self) -> None:
+        weights, ema = self._whole_weights(), self._ema_state()
+
+        def write() -> None:
+            try:
+                with sharding.published(self.policy.denoiser, weights if self.sharded else {}):
+                    self.policy.save_trained(self.output_dir)
+                if ema is not None:
+                    shadow = dict(zip(self.names, ema["shadow_params"], strict=True))
+                    with sharding.published(self.policy.denoiser, shadow):
+                        self.policy.save_trained(self.output_dir / "ema")
+            except checkpoints.WRITE_ERRORS as error:
+                raise checkpoints.CheckpointError(
+                    f"could not save the trained weights in {self.output_dir}: "
+                    f"{checkpoints.write_problem(error, self.output_dir)}; they are in {self.folder.path(self.step)}; "
+                    "free some space and resume"
+                ) from error
+
+        self._on_main(write)
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Writes on the main process; all go on together when it is done, or stop together if it cannot."""
+        problem: checkpoints.CheckpointError | None = None
         if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "weights": {n: p.detach().cpu() for n, p in self.policy.named_trainable()},
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema is not None else None,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-                "warnings": self.warnings.state(),
-            }
-            self.folder.save(self.step, state, self.settings, self.policy.save_trained)
-        self.accelerator.wait_for_everyone()
+            try:
+                write()
+            except checkpoints.CheckpointError as error:
+                problem = error
+        if self._anyone(problem is not None):
+            raise problem or checkpoints.CheckpointError("the main process could not save; see its message")
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The trained tensors by name; all processes ask for them, as they may have to put them together."""
+        if self.deepspeed:
+            state = self.accelerator.get_state_dict(self.policy.wrapped) or {}  # empty but on the main process
+            return {name: state[name].cpu() for name in self.names if name in state}
+        if not (self.sharded or self.accelerator.is_main_process):
+            return {}
+        return {n: sharding.whole(p).cpu() for n, p in zip(self.names, self.parameters, strict=True)}
+
+    def _ema_state(self) -> dict[str, Any] | None:
+        if self.ema is None:
+            return None
+        state: dict[str, Any] = self.ema.state_dict()
+        return {**state, "shadow_params": [sharding.whole(p).cpu() for p in self.ema.shadow_params]}
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
         path = self.folder.find(wanted) if wanted else None
-        if path is not None:
-            state = checkpoints.load(path, self.settings)
+        if path is None and self.folder.steps() and not wanted:
+            raise checkpoints.CheckpointError(
+                f"{self.output_dir} already holds checkpoints of a run; "
+                "resume it with training.resume_from_checkpoint=latest, or choose another output_dir"
+            )
+        state = checkpoints.load(path, self.settings) if path is not None else None
+        found = int(state["step"]) if state is not None else 0
+        if self._anyone(found < self._largest(found)):
+            raise checkpoints.CheckpointError(
+                f"process {self.accelerator.process_index} finds step {found} in {self.output_dir} and another process "
+                "a later one; put output_dir on a disk that all machines see"
+            )
+        if state is not None:
             with torch.no_grad():
-                for name, parameter in self.policy.named_trainable():
-                    parameter.copy_(state["weights"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
+                for name, parameter in zip(self.names, self.parameters, strict=True):
+                    parameter.copy_(sharding.cut_like(state["weights"][name], parameter))
+            sharding.load_optimizer_state(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                shadow = zip(state["ema"]["shadow_params"], self.parameters, strict=True)
+                self.ema.load_state_dict(
+                    {**state["ema"], "shadow_params": [sharding.cut_like(value, p) for value, p in shadow]}
+                )
                 self.ema.to(self.accelerator.device)
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.warnings.restore(state["warnings"])
-            self.step = int(state["step"])
+            self.step = found
             logger.info("resumed from %s", path)
         if self.accelerator.is_main_process:
-            if path is None and self.folder.steps() and not wanted:
-                raise checkpoints.CheckpointError(
-                    f"{self.output_dir} already holds checkpoints of a run; "
-                    "resume it with training.resume_from_checkpoint=latest, or choose another output_dir"
-                )
             self.metrics_file.rewind(self.step if path is not None else -1)
-
-    def _save_final(self) -> None:
-        try:
-            self.policy.save_trained(self.output_dir)
-            if self.ema is not None:
-                self.ema.store(self.parameters)
-                self.ema.copy_to(self.parameters)
-                self.policy.save_trained(self.output_dir / "ema")
-                self.ema.restore(self.parameters)
-        except checkpoints.WRITE_ERRORS as error:
-            raise checkpoints.CheckpointError(
-                f"could not save the trained weights in {self.output_dir}: "
-                f"{checkpoints.write_problem(error, self.output_dir)}; they are in {self.folder.path(self.step)}; "
-                "free some space and resume"
-            ) from error
 
     def _anyone(self, flag: bool) -> bool:
         """Whether the flag is up on any process."""
@@ -367,6 +488,10 @@ class _Run:
             return flag
         value = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(value, reduction="sum") > 0)
+
+    def _largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
 
 def replay(path: Path, trainer: Any) -> Any:

@@ -76,15 +76,17 @@ class EarlyWarnings:
 
     def observe(self, metrics: Mapping[str, float]) -> list[str]:
         """The warnings that this optimizer step's metrics call for; each kind at most once a run."""
-        self.saturated = self.saturated + 1 if metrics["gate"] < SATURATED_GATE else 0
-        self.ratios.append(metrics["error_chosen"] / max(metrics["ref_error_chosen"], 1e-12))
+        if "gate" in metrics:  # methods without pairs have no gate, those without a reference nothing to compare with
+            self.saturated = self.saturated + 1 if metrics["gate"] < SATURATED_GATE else 0
+        if "ref_error_chosen" in metrics:
+            self.ratios.append(metrics["error_chosen"] / max(metrics["ref_error_chosen"], 1e-12))
         messages = {}
         if self.saturated >= SATURATED_STEPS:
             messages["saturation"] = (
                 f"the loss is saturated: the mean gradient gate stayed below {SATURATED_GATE} for {SATURATED_STEPS} "
                 "steps, so the pairs hardly move the model any more; stop here, or lower beta or the learning rate"
             )
-        mean = sum(self.ratios) / len(self.ratios)
+        mean = sum(self.ratios) / max(len(self.ratios), 1)
         if len(self.ratios) == CHOSEN_ERROR_WINDOW and mean > CHOSEN_ERROR_LIMIT:
             messages["displacement"] = (
                 f"the chosen error is {100 * (mean - 1):.0f} % above the reference's (mean of {CHOSEN_ERROR_WINDOW} "

@@ -13,8 +13,12 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
     """The optimizer that `config.optimizer` names.
 
     Raises:
-        ValueError: If it needs a package that is not installed.
+        ValueError: If it needs a package that is not installed, or has no fused form.
     """
+    if config.fused_optimizer and config.optimizer != "adamw":
+        raise ValueError(
+            f"training.fused_optimizer is for optimizer 'adamw', found {config.optimizer!r}; leave one of them out"
+        )
     lr = config.learning_rate * (pairs_per_step if config.scale_lr else 1)
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adafactor":
@@ -40,4 +44,4 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
         except ImportError as error:
             raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes: pip install bitsandbytes") from error
         return AdamW8bit(parameters, **kwargs)
-    return torch.optim.AdamW(parameters, **kwargs)
+    return torch.optim.AdamW(parameters, fused=config.fused_optimizer or None, **kwargs)

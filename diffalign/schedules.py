@@ -88,10 +88,21 @@ class DiscreteSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    """Rectified flow (Liu et al. 2023, arXiv:2209.03003): alpha = 1 - t, sigma = t, with t = timestep / T."""
+    """Rectified flow (Liu et al. 2023, arXiv:2209.03003): alpha = 1 - t, sigma = t, with t = timestep / T.
 
-    def __init__(self, steps: int = 1000) -> None:
-        self.steps = steps
+    Args:
+        steps: T.
+        shift: How far the model's sampler moves its steps towards noise (Esser et al. 2024, arXiv:2403.03206, Eq. 23);
+            1 is no shift. It changes which timesteps are visited, never what a timestep means.
+    """
+
+    def __init__(self, steps: int = 1000, shift: float = 1.0) -> None:
+        self.steps, self.shift = steps, shift
+
+    def timestep_of_index(self, index: Tensor) -> Tensor:
+        """Entries 0..T-1 of the sampler's falling table, [B]: T * s b / (1 + (s - 1) b) with b = (T - i) / T."""
+        b = (self.steps - index.double()) / self.steps
+        return self.steps * self.shift * b / (1 + (self.shift - 1) * b)
 
     def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(1 - t, t) for real timesteps in [0, T]."""

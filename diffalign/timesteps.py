@@ -5,20 +5,24 @@ Diffusion-DPO: the refiner sees the lowest-noise fifth (t mod 200), SDXL-Turbo t
 noise table rescaled to zero terminal SNR because it must learn from pure noise at t = 999. At that timestep both
 halves of a pair coincide, so a quarter of Turbo's draws has z = 0, loss ln 2 and no gradient; "turbo_informative"
 draws from the other three only.
+
+"logit_normal" is the density of Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206, section 3.1) for flow models, as
+Flow-DPO's authors train with it: u = sigmoid(N(0, 1)) picks one of T equal steps of the sampler's own falling noise
+table, which for SD3 is shifted (section 5.3.2), so that half of the draws have sigma above 0.75.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffalign.randomness import Draw
-from diffalign.schedules import DiscreteSchedule, Schedule
+from diffalign.schedules import DiscreteSchedule, FlowSchedule, Schedule
 
-TimestepLaw = Literal["uniform", "refiner", "turbo", "turbo_informative"]
+TimestepLaw = Literal["uniform", "logit_normal", "refiner", "turbo", "turbo_informative"]
 
 REFINER_SHARE = 5
 """The refiner is trained on the lowest 1/5 of the timesteps."""
@@ -29,8 +33,13 @@ def draw_timesteps(schedule: Schedule, draws: Sequence[Draw], law: TimestepLaw =
     """One timestep per draw, [B], in the schedule's units.
 
     Raises:
-        ValueError: For an unknown law, or a law of a discrete chain on another schedule.
+        ValueError: For an unknown law, or a law of one kind of schedule on another.
     """
+    if law == "logit_normal":
+        if not isinstance(schedule, FlowSchedule):
+            raise ValueError(f"timestep_sampling {law!r} needs a flow schedule, got {type(schedule).__name__}")
+        normal = torch.stack([draw.normal("timestep", (1,))[0] for draw in draws]).double()
+        return schedule.timestep_of_index((schedule.steps * normal.sigmoid()).long().clamp(max=schedule.steps - 1))
     uniform = torch.tensor([draw.uniform("timestep") for draw in draws], dtype=torch.float64)
     timesteps = schedule.timesteps_at(uniform)
     if law == "uniform":
@@ -41,7 +50,8 @@ def draw_timesteps(schedule: Schedule, draws: Sequence[Draw], law: TimestepLaw =
         return timesteps % (len(schedule) // REFINER_SHARE)
     choices = {"turbo": TURBO_TIMESTEPS, "turbo_informative": TURBO_TIMESTEPS[:-1]}
     if law not in choices:
-        raise ValueError(f"unknown timestep_sampling {law!r} (available: uniform, refiner, turbo, turbo_informative)")
+        known = ", ".join(get_args(TimestepLaw))
+        raise ValueError(f"unknown timestep_sampling {law!r} (available: {known})")
     table = torch.tensor(choices[law])
     return table[(uniform * len(table)).long()]
 

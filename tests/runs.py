@@ -1,28 +1,32 @@
 """Training runs in processes of their own, for tests that kill them or share them out; no test by itself.
 
 `python runs.py chains JSON` imports everything once and forks a child per attempt; the attempts of a chain train in the
-same folder, one after the other, until they are killed, terminated or done. `python runs.py train JSON` is one plain
-run, to be started by `torch.distributed.run` as well.
+same folder, one after the other, until they are killed, terminated or done. `runs.py together JSON` is for
+`torch.distributed.run`: several runs of the same processes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from diffalign.backbones import LoRA, load_policy
 from diffalign.config import TrainingConfig
 from diffalign.data import DataConfig, PairSource, encode_pairs, load_pairs
-from diffalign.loop import fit, make_accelerator
+from diffalign.loop import NonFiniteLossError, fit, make_accelerator
 from diffalign.monitor import MetricsFile
 from diffalign.trainers.diffusion_dpo import DiffusionDPO
 
@@ -31,7 +35,7 @@ torch.set_num_threads(1)
 CHAIN: dict[str, Any] = {
     "max_train_steps": 10,
     "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 3,
@@ -44,18 +48,51 @@ CHAIN: dict[str, Any] = {
 """Settings of the runs that are killed: everything that has a state is in use."""
 
 
-def train(model: str, data: str, cache: str, training: dict[str, Any], double: bool = False, hook: Any = None) -> Path:
+LOADED: dict[tuple[str, int | None, bool], Any] = {}
+"""Policies that a parent has loaded for the children it forks; each child trains its own copy of the memory."""
+
+
+def load(model: str, rank: int | None, double: bool) -> Any:
+    """The policy that a run trains: adapters of a rank, or all weights if it is None."""
+    policy: Any = load_policy(model, lora=LoRA(rank=rank) if rank else None, train=True)
+    if double:
+        for module in (policy.denoiser, policy._frozen):
+            if module is not None:
+                module.double()
+    return policy
+
+
+def shard(policy: Any) -> None:
+    """FSDP2 by torch's own hand, which accelerate offers on accelerators only: every block by itself, then the rest."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for block in (*policy.denoiser.down_blocks, policy.denoiser.mid_block, *policy.denoiser.up_blocks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy.denoiser, mesh=mesh)
+
+
+def train(
+    model: str,
+    data: str,
+    cache: str,
+    training: dict[str, Any],
+    double: bool = False,
+    hook: Any = None,
+    rank: int | None = 2,
+    sharded: bool = False,
+    spoil: Any = None,
+    accelerator: Any = None,
+) -> Path:
     """A run on a folder of pairs, as `diffalign train` makes it."""
     config = TrainingConfig(**training)
-    accelerator = make_accelerator(config)
-    policy: Any = load_policy(model, lora=LoRA(rank=2), train=True)
-    if double:
-        policy.denoiser.double()
+    accelerator = accelerator or make_accelerator(config)
+    policy: Any = LOADED.get((model, rank, double)) or load(model, rank, double)
     data_config = DataConfig(train_data_dir=Path(data))
     encoded = encode_pairs(load_pairs(data_config), policy, data_config, Path(cache))
     policy.free_encoders()
+    if sharded:
+        shard(policy)
     trainer = DiffusionDPO(policy, beta=500.0)
-    source = PairSource(
+    source: Any = PairSource(
         encoded,
         seed=5,
         batch_size=config.per_device_train_batch_size,
@@ -67,6 +104,9 @@ def train(model: str, data: str, cache: str, training: dict[str, Any], double: b
     if hook is not None:
         trainer.update = hook  # type: ignore[method-assign]
     fixed = source.fixed_batches(2)
+    if spoil is not None:
+        give = source.batch
+        source.batch = lambda step, micro: spoil(step, give(step, micro))
 
     def validate(step: int) -> dict[str, float]:
         with torch.no_grad():
@@ -75,9 +115,44 @@ def train(model: str, data: str, cache: str, training: dict[str, Any], double: b
 
     done = fit(trainer, source, config, accelerator=accelerator, validate=validate)
     if accelerator.is_main_process:
-        facts = {"num_processes": accelerator.num_processes, "wrapped": type(policy.wrapped).__name__}
+        facts = {
+            "num_processes": accelerator.num_processes,
+            "wrapped": [kind.__name__ for kind in type(policy.wrapped).__mro__],
+            "reference": [kind.__name__ for kind in type(policy._frozen).__mro__],
+        }
         (done / "facts.json").write_text(json.dumps(facts))
     return done
+
+
+def together(run: dict[str, Any], training: dict[str, Any], root: str) -> None:
+    """Several runs of the processes that `torch.distributed.run` started, one after the other in `root/<name>`."""
+    folder = Path(root)
+    accelerator = make_accelerator(TrainingConfig(**training, output_dir=str(folder / "ddp"), report_to="tensorboard"))
+
+    def one(name: str, options: dict[str, Any], **changed: Any) -> None:
+        settings = {**training, **changed, "output_dir": str(folder / name)}
+        train(**run, training=settings, accelerator=accelerator, **options)
+
+    def spoil(step: int, batch: Any) -> Any:
+        bad = step == 1 and accelerator.process_index == 1
+        return dataclasses.replace(batch, chosen=batch.chosen * float("nan")) if bad else batch
+
+    one("ddp", {})
+    one("fsdp", {"sharded": True}, checkpointing_steps=2)
+    one(
+        "fsdp_resumed",
+        {"sharded": True},
+        checkpointing_steps=2,
+        resume_from_checkpoint=str(folder / "fsdp" / "checkpoint-2"),
+    )
+    one("ddp_full", {"rank": None}, max_train_steps=2)
+    one("fsdp_full", {"rank": None, "sharded": True}, max_train_steps=2)
+    message = ""
+    try:
+        one("bad", {"spoil": spoil})
+    except NonFiniteLossError as error:
+        message = str(error)
+    (folder / f"rank-{accelerator.process_index}.txt").write_text(message)
 
 
 def die() -> None:
@@ -135,36 +210,59 @@ def arm(point: str, count: int) -> None:
         raise ValueError(point)
 
 
+def child(run: dict[str, Any], how: dict[str, Any], place: dict[str, str]) -> None:
+    """One process of an attempt; never returns."""
+    code = 1
+    try:
+        os.environ.update(place)
+        main = place.get("RANK", "0") == "0"
+        if "point" in how and main:
+            arm(how["point"], how["count"])
+
+        def hook(step: int) -> None:
+            if step == how.get("terminate") and (main or how.get("anywhere", False)):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train(**run, hook=hook)
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
-    """One child; the status that `waitpid` gives."""
+    """One attempt of one or several processes; the status that `waitpid` gives for the first."""
     lines = Path(run["training"]["output_dir"]) / "metrics.jsonl"
     before = lines.stat().st_size if lines.exists() else 0
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            if "point" in how:
-                arm(how["point"], how["count"])
-
-            def hook(step: int) -> None:
-                if step == how.get("terminate"):
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            train(**run, hook=hook)
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    count = how.get("processes", 1)
+    places: list[dict[str, str]] = [{}]
+    if count > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    children = []
+    for place in places:
+        pid = os.fork()
+        if pid == 0:
+            child(run, how, place)
+        children.append(pid)
     if "seconds" in how:  # at a random moment, counted from the first sign of life
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not lines.exists() or lines.stat().st_size == before):
             time.sleep(0.002)
         time.sleep(how["seconds"])
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
+        os.kill(children[0], signal.SIGKILL)
+    status = os.waitpid(children[0], 0)[1]
+    for pid in children[1:]:
+        if status:  # as the launcher does when one process is gone
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return status
 
 
 def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, Any]]], seed: int) -> None:
@@ -173,6 +271,7 @@ def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, An
     An attempt `{"seconds": x}` is killed after a random time below x.
     """
     generator = random.Random(seed)
+    LOADED[run["model"], 2, False] = load(run["model"], 2, False)
     statuses: dict[str, list[int]] = {}
     for name, chain in attempts.items():
         here = {**run, "training": {**CHAIN, "output_dir": str(Path(root) / name)}}
@@ -184,4 +283,4 @@ def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, An
 
 
 if __name__ == "__main__":
-    {"chains": chains, "train": train}[sys.argv[1]](**json.loads(sys.argv[2]))
+    {"chains": chains, "together": together}[sys.argv[1]](**json.loads(sys.argv[2]))

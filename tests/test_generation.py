@@ -371,3 +371,11 @@ def test_sampling_config_is_strict() -> None:
     for wrong in ({"steps": 3}, {"batch_size": 0}, {"guidance_scale": float("nan")}, {"num_inference_steps": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SamplingConfig.model_validate(wrong)
+
+
+def test_guidance_and_steps_are_the_familys_own_unless_given(policy: Any) -> None:
+    assert policy.guidance_scale == 7.5
+    own = SamplingConfig().resolved(policy)
+    assert (own.guidance_scale, own.num_inference_steps) == (7.5, 25)
+    assert SAMPLING.resolved(policy) == SAMPLING
+    assert SamplingConfig(guidance_scale=0.0).resolved(policy).guidance_scale == 0.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffalign import loop
-from diffalign.backbones import LoRA, load_policy
+from diffalign.backbones import LoRA, inspect_model, load_policy
+from diffalign.backbones.sd import StableDiffusionPolicy
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointError, CheckpointFolder, load
 from diffalign.config import RunConfig, TrainingConfig
@@ -131,6 +134,11 @@ def column(folder: Path | str, name: str, kind: str = "train") -> list[float]:
 
 def trained_file(folder: Path | str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def weights_file(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -325,6 +333,70 @@ def test_half_precision_trains_with_single_precision_weights(start: Any) -> None
     folder = fit(trainer, source, config)
     assert {p.dtype for p in trainer.policy.trainable_parameters()} == {torch.float32}
     assert column(folder, "loss")[0] == float(torch.tensor(math.log(2)))
+
+
+def test_a_reference_in_half_precision_is_the_policy_at_the_start(start: Any, tiny_pipeline: Path) -> None:
+    """All weights trained under autocast: the frozen copy holds half the bytes and computes the very same errors."""
+    _, source, config = start(max_train_steps=1, mixed_precision="bf16")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    with torch.no_grad():  # norms of a new network are ones and zeros, which no rounding changes
+        for parameter in pipeline.unet.parameters():
+            parameter.mul_(1.001).add_(0.01)
+    inspected = inspect_model(str(tiny_pipeline))
+    policy: Any = StableDiffusionPolicy(pipeline, inspected, train=True, reference_dtype=torch.bfloat16)
+    folder = fit(DiffusionDPO(policy, beta=2000.0), source, config)
+    kept = sum(p.numel() * p.element_size() for p in policy._frozen.parameters())
+    assert kept < 0.55 * sum(p.numel() * p.element_size() for p in policy.denoiser.parameters())
+    assert column(folder, "z_mean") == [0.0]
+    assert column(folder, "z_std") == [0.0]
+    assert column(folder, "loss")[0] == float(torch.tensor(math.log(2)))
+
+
+def scaled_run(trainer: Any, source: Any, config: TrainingConfig, scaler: torch.amp.GradScaler) -> Any:
+    """A run with a gradient scaler, which accelerate gives to GPUs only; the arithmetic stays float32."""
+    accelerator = loop.make_accelerator(config)
+    accelerator.scaler = scaler
+    run = loop._Run(trainer, source, config, {}, accelerator)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    return run
+
+
+def test_steps_that_a_gradient_scaler_skips_move_nothing(start: Any) -> None:
+    """A scale so large that the first gradients overflow: it shrinks, and only real steps count for lr and average."""
+    trainer, source, config = start(max_train_steps=4, use_ema=True, lr_scheduler="linear", lr_warmup_steps=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    run = scaled_run(trainer, source, config, scaler)
+    averaged: list[int] = []
+    run.ema.step = lambda parameters: averaged.append(run.step)
+    run.go(None)
+    real = 4 - sum(row["grad_norm"] is None for row in rows(config.output_dir))
+    assert 0 < real < 4
+    assert len(averaged) == real
+    lrs = column(config.output_dir, "lr")
+    assert lrs == pytest.approx([0.0] * (4 - real) + [1e-3 * i / 4 for i in range(real)])
+    state = load(Path(config.output_dir) / "checkpoint-4", {})
+    assert state["scaler"]["scale"] == scaler.get_scale() < 2.0**127
+
+
+def test_a_gradient_scaler_that_skips_for_ever_stops_the_run(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MAX_SKIPPED_STEPS", 2)
+    trainer, source, config = start(max_train_steps=8)
+    trainer.policy.trainable_parameters()[0].register_hook(lambda g: torch.full_like(g, math.nan))
+    with pytest.raises(NonFiniteLossError, match="the gradient of step 3 is not finite"):
+        scaled_run(trainer, source, config, torch.amp.GradScaler("cpu")).go(None)
+
+
+def test_methods_without_pairs_have_fewer_metrics(start: Any) -> None:
+    trainer, source, config = start(max_train_steps=2)
+    loss = trainer.loss
+
+    def unpaired(batch: PairBatch) -> Any:
+        output = loss(batch)
+        output.metrics = {"loss": output.metrics["loss"]}
+        return output
+
+    trainer.loss = unpaired
+    assert len(column(fit(trainer, source, config), "loss")) == 2
 
 
 def test_trainer_and_source_are_told_of_every_step(start: Any) -> None:
@@ -622,10 +694,18 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
         {"point": "writing metrics", "count": 1},
         {"point": "removing an old one", "count": 1},
     ]
+    two = {"processes": 2}
     attempts: dict[str, list[dict[str, Any]]] = {
         "whole": [{}],
         "points": [*points, {}, {}],
-        "random": [{"seconds": 0.8}] * 4 + [{}],
+        "random": [{"seconds": 0.8}] * 3 + [{}],
+        "whole of two": [two],
+        "killed of two": [
+            {**two, "point": "writing the state", "count": 2},
+            {**two, "terminate": 5, "anywhere": True},
+            {**two, "point": "after rename", "count": 1},
+            two,
+        ],
     }
     launch(
         *(str(RUNS), "chains"),
@@ -639,25 +719,33 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
     assert statuses["points"] == [signal.SIGKILL] * 5 + [0] + [signal.SIGKILL] * 2 + [0, 0]
     assert statuses["random"][0] == signal.SIGKILL
     assert statuses["random"][-1] == 0
-    whole = tmp_path / "whole"
-    for interrupted in (tmp_path / "points", tmp_path / "random"):
+    assert statuses["whole of two"] == [0]
+    assert statuses["killed of two"] == [signal.SIGKILL, 0, signal.SIGKILL, 0]
+    whole, of_two = tmp_path / "whole", tmp_path / "whole of two"
+    assert rows(of_two) != rows(whole)
+    for name, expected in (("points", whole), ("random", whole), ("killed of two", of_two)):
+        interrupted = tmp_path / name
         for kind in ("train", "validation"):
-            assert rows(interrupted, kind) == rows(whole, kind)
+            assert rows(interrupted, kind) == rows(expected, kind)
             assert rows(interrupted, kind)[-1]["step"] == 10
         for folder in ("", "ema", "checkpoint-10"):
-            assert same(trained_file(interrupted / folder), trained_file(whole / folder))
-        found, expected = optimizer_state(interrupted / "checkpoint-10"), optimizer_state(whole / "checkpoint-10")
-        assert found.keys() == expected.keys()
-        assert all(same(found[key], expected[key]) for key in expected)
+            assert same(trained_file(interrupted / folder), trained_file(expected / folder))
+        found, wanted = optimizer_state(interrupted / "checkpoint-10"), optimizer_state(expected / "checkpoint-10")
+        assert found.keys() == wanted.keys()
+        assert all(same(found[key], wanted[key]) for key in wanted)
         assert CheckpointFolder(interrupted).steps() == [9, 10]
-        assert not list(interrupted.glob("*.partial"))
+        assert not [*interrupted.glob("*.partial"), *interrupted.glob("*.removed")]
+    assert json.loads((of_two / "facts.json").read_text())["num_processes"] == 2
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_doubled_batch(
-    start: Any, tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
+    tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
 ) -> None:
-    """With a float64 UNet, where only the order of summation differs: the logs of four steps agree to 1e-9."""
+    """DDP and FSDP2, adapters and all weights, float64 throughout: only the order of summation differs.
+
+    The logs of four steps agree to 1e-9; the trained weights to 1e-7, AdamW dividing small gradients by their size.
+    """
     training = {
         "max_train_steps": 4,
         "per_device_train_batch_size": 1,
@@ -665,24 +753,57 @@ def test_two_processes_are_one_with_the_doubled_batch(
         "learning_rate": 1e-3,
         "lr_scheduler": "linear",
         "lr_warmup_steps": 2,
-        "output_dir": str(tmp_path / "two"),
+        "use_ema": True,
     }
     run = {"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache), "double": True}
     launch(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RUNS), "train"),
-        **run,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RUNS), "together"),
+        run=run,
         training=training,
+        root=str(tmp_path),
     )
-    launch(
-        *(str(RUNS), "train"),
-        **run,
-        training={**training, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "one")},
-    )
-    facts = [json.loads((tmp_path / name / "facts.json").read_text()) for name in ("two", "one")]
-    assert facts[0] == {"num_processes": 2, "wrapped": "DistributedDataParallel"}
-    assert facts[1]["num_processes"] == 1
-    assert column(tmp_path / "two", "step") == [1, 2, 3, 4]
-    for name in MANDATORY:
-        found, expected = column(tmp_path / "two", name), column(tmp_path / "one", name)
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), name
-    assert column(tmp_path / "one", "z_mean")[-1] != 0
+    spec = importlib.util.spec_from_file_location("runs", RUNS)
+    assert spec is not None
+    assert spec.loader is not None
+    runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runs)
+    doubled = {**training, "per_device_train_batch_size": 2}
+    one, full = tmp_path / "one", tmp_path / "one_full"
+    runs.train(**run, training={**doubled, "output_dir": str(one)})
+    runs.train(**run, rank=None, training={**doubled, "max_train_steps": 2, "output_dir": str(full)})
+
+    def facts(name: str) -> tuple[int, list[str], list[str]]:
+        found = json.loads((tmp_path / name / "facts.json").read_text())
+        return found["num_processes"], found["wrapped"], found["reference"]
+
+    for name in ("ddp", "ddp_full"):
+        assert (facts(name)[0], facts(name)[1][0]) == (2, "DistributedDataParallel")
+    for name in ("fsdp", "fsdp_resumed", "fsdp_full"):
+        assert facts(name)[0] == 2
+        assert "FSDPModule" in facts(name)[1]
+    assert "FSDPModule" in facts("fsdp_full")[2]
+    assert facts("one")[0] == 1
+    for name, expected in (("ddp", one), ("fsdp", one), ("ddp_full", full), ("fsdp_full", full)):
+        for metric in MANDATORY:
+            found, wanted = column(tmp_path / name, metric), column(expected, metric)
+            assert found == pytest.approx(wanted, rel=1e-9, abs=1e-12), (name, metric)
+        part = "" if expected is one else "unet"
+        for folder in ("", "ema"):
+            a, b = (weights_file(where / folder / part) for where in (tmp_path / name, expected))
+            assert a.keys() == b.keys()
+            for key, value in b.items():
+                torch.testing.assert_close(a[key], value, rtol=0, atol=1e-7, msg=f"{name} {folder} {key}")
+    assert column(one, "step") == [1, 2, 3, 4]
+    assert column(one, "z_mean")[-1] != 0
+    resumed, whole = tmp_path / "fsdp_resumed", tmp_path / "fsdp"
+    assert rows(resumed) == rows(whole)[2:]
+    for folder in ("", "ema"):
+        assert same(weights_file(resumed / folder), weights_file(whole / folder))
+    found_state, wanted_state = (optimizer_state(where / "checkpoint-4") for where in (resumed, whole))
+    assert all(same(found_state[key], wanted_state[key]) for key in wanted_state)
+    assert list((tmp_path / "ddp").rglob("events.out.*"))
+    messages = [(tmp_path / f"rank-{i}.txt").read_text() for i in range(2)]
+    assert "the loss of step 2 is not finite in another process" in messages[0]
+    assert "the loss of step 2 is not finite for pair(s) p" in messages[1]
+    assert column(tmp_path / "bad", "step") == [1]
+    assert [p.name for p in (tmp_path / "bad" / "failures").iterdir()] == ["step-1-rank-1.pt"]

@@ -64,3 +64,20 @@ def test_flow_timesteps_are_real_numbers_and_know_only_the_uniform_law() -> None
 def test_unknown_laws_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown timestep_sampling 'sobol'"):
         draw_timesteps(CHAIN, DRAWS[:1], "sobol")  # type: ignore[arg-type]
+
+
+def test_the_density_of_stable_diffusion_3() -> None:
+    """Golden values of the shift-3 table, and the law's median and tail: P(sigma > 0.5) = Phi(ln 3) = 0.864."""
+    schedule = FlowSchedule(1000, shift=3.0)
+    golden = schedule.timestep_of_index(torch.tensor([0, 250, 500, 750, 999])) / 1000
+    torch.testing.assert_close(
+        golden, torch.tensor([1, 0.9, 0.75, 0.5, 0.002994], dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    count = 20_000
+    sigmas = draw_timesteps(schedule, [Draw(0, 0, f"{i}") for i in range(count)], "logit_normal") / 1000
+    assert float(sigmas.median()) == pytest.approx(0.75, abs=0.01)
+    assert float((sigmas > 0.5).double().mean()) == pytest.approx(0.864, abs=0.01)
+    unshifted = draw_timesteps(FlowSchedule(), [Draw(0, 0, f"{i}") for i in range(2000)], "logit_normal") / 1000
+    assert float(unshifted.median()) == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(ValueError, match="'logit_normal' needs a flow schedule, got DiscreteSchedule"):
+        draw_timesteps(DiscreteSchedule.scaled_linear(), [Draw(0, 0, "a")], "logit_normal")

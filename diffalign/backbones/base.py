@@ -32,7 +32,9 @@ from diffalign.attention import set_attention
 from diffalign.backbones.loading import UNUSED_PARTS, LoRA, ModelSource, check_tokenizer
 from diffalign.batches import Conditioning, Moments
 from diffalign.policy import Policy, Predictor
+from diffalign.quantization import Quantization, check_quantization, quantization_config
 from diffalign.randomness import generator
+from diffalign.sharding import is_sharded, shard_like
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -57,6 +59,8 @@ class PipelinePolicy(Policy):
 
     part: ClassVar[str] = "transformer"
     """Attribute of the pipeline that holds the denoiser."""
+    more_parts: ClassVar[tuple[str, ...]] = ()
+    """Further attributes that hold denoisers; loaded in the same dtype, where the pipeline has them."""
     encoder_parts: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     """Attributes that `encode`, `decode` and `encode_prompts` need; freed while training."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -87,6 +91,7 @@ class PipelinePolicy(Policy):
         self.prediction = source.prediction
         self._parts = tuple(part for part in self.encoder_parts if getattr(pipeline, part, None) is not None)
         self._freed: dict[str, tuple[Any, torch.dtype]] = {}
+        self._vae_switches: tuple[str, ...] = ()
         self._fingerprint: str | None = None
         for module in (*(getattr(pipeline, part) for part in self._parts), self.denoiser):
             module.eval().requires_grad_(False)
@@ -97,7 +102,7 @@ class PipelinePolicy(Policy):
         elif train:
             self._frozen = copy.deepcopy(self.denoiser)
             if reference_dtype is not None and reference_dtype != self.denoiser.dtype:
-                self._frozen.to(reference_dtype)
+                self._halve(self._frozen, reference_dtype)
             self.denoiser.requires_grad_(True)
         self.denoiser.eval()
 
@@ -113,13 +118,20 @@ class PipelinePolicy(Policy):
         attention: str = "native",
         size: tuple[int, int] | None = None,
         num_frames: int | None = None,
+        quantization: Quantization | None = None,
     ) -> Self:
         """Loads the pipeline from its folder or the Hub, safetensors only; see `load_policy`."""
         full = train and lora is None  # trained weights are float32, whatever the reference is kept in
         frozen = dtype or torch.float32
-        dtypes = {cls.part: torch.float32 if full else frozen, "default": torch.float32}
+        dtypes = dict.fromkeys((cls.part, *cls.more_parts), torch.float32 if full else frozen)
+        dtypes["default"] = torch.float32
         if cls.half_precision_text:
             dtypes |= {part: frozen for part in cls.encoder_parts if part.startswith("text_encoder")}
+        options = dict(cls.load_options)
+        if quantization is not None:
+            check_quantization(quantization, str(device))
+            present = [part for part in (cls.part, *cls.more_parts) if source.parts.get(part) is not None]
+            options["quantization_config"] = quantization_config(quantization, present, frozen)
         absent = {part: None for part in source.parts if part in UNUSED_PARTS or source.parts[part] is None}
         pipeline = getattr(diffusers, source.family).from_pretrained(
             source.location,
@@ -128,9 +140,9 @@ class PipelinePolicy(Policy):
             dtype=dtypes,
             use_safetensors=True,
             **absent,
-            **cls.load_options,
+            **options,
         )
-        check_tokenizer(source.name, getattr(pipeline, "tokenizer", None))
+        check_tokenizer(source.name, _inner_tokenizer(getattr(pipeline, "tokenizer", None)))
         policy = cls(
             pipeline,
             source,
@@ -262,10 +274,13 @@ class PipelinePolicy(Policy):
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
             for name, component in sorted(self.pipeline.components.items()):
-                if hasattr(component, "get_vocab"):
-                    digest.update(f"{name} {component.model_max_length}".encode())
-                    digest.update(json.dumps(sorted(component.get_vocab().items())).encode())
+                tokenizer = _inner_tokenizer(component)
+                if hasattr(tokenizer, "get_vocab"):
+                    digest.update(f"{name} {tokenizer.model_max_length}".encode())
+                    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
             digest.update(json.dumps(dict(self._encoding_settings()), sort_keys=True).encode())
+            if "enable_tiling" in self._vae_switches:  # latents differ where tiles meet; slices change nothing
+                digest.update(b"tiles")
             for part in self._parts:
                 module = self._encoder(part)
                 config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
@@ -300,7 +315,29 @@ class PipelinePolicy(Policy):
                 dtype=dtype,
             )
             setattr(self.pipeline, part, module.eval().requires_grad_(False).to(self.device))
+        if "vae" in self._freed:
+            self._switch_vae()
         self._freed.clear()
+
+    def divide_vae(self, *, slicing: bool = False, tiling: bool = False) -> None:
+        """Lets the autoencoder work on one picture at a time, or on overlapping tiles of each, to save memory.
+
+        Raises:
+            ValueError: If this family's autoencoder cannot.
+        """
+        wanted = {"enable_slicing": slicing, "enable_tiling": tiling}
+        self._vae_switches = tuple(name for name, on in wanted.items() if on)
+        self._fingerprint = None
+        self._switch_vae()
+
+    def _switch_vae(self) -> None:
+        vae = self._encoder("vae")
+        for name in self._vae_switches:
+            try:
+                getattr(vae, name)()
+            except (AttributeError, NotImplementedError) as error:
+                switch = name.replace("enable", "vae")
+                raise ValueError(f"model.{switch}: {type(vae).__name__} cannot do it; leave it out") from error
 
     # --- denoiser ----------------------------------------------------------------------------------------------------
 
@@ -337,7 +374,12 @@ class PipelinePolicy(Policy):
             self.denoiser.disable_adapters()
 
     def _add_adapter(self, lora: LoRA) -> None:
-        settings = LoraConfig(
+        self._inject(self._adapter_settings(lora))
+        self._upcast_adapter()
+        self._initialise_adapter(lora)
+
+    def _adapter_settings(self, lora: LoRA) -> LoraConfig:
+        return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha if lora.alpha is not None else lora.rank,
             init_lora_weights="gaussian",
@@ -345,9 +387,17 @@ class PipelinePolicy(Policy):
             use_dora=lora.use_dora,
             use_rslora=lora.use_rslora,
         )
-        self._inject(settings)
-        self._upcast_adapter()
-        self._initialise_adapter(lora)
+
+    @classmethod
+    def add_adapter_to(cls, denoiser: Any, lora: LoRA) -> None:
+        """Puts untrained adapters into a denoiser that no pipeline holds, to be counted."""
+        policy = cls.__new__(cls)
+        policy.denoiser = denoiser
+        policy._inject(policy._adapter_settings(lora))
+
+    def _halve(self, module: Any, dtype: torch.dtype) -> None:
+        """Rounds the frozen copy; see `halve`."""
+        halve(module, dtype)
 
     def _inject(self, settings: LoraConfig) -> None:
         self.denoiser.add_adapter(settings, adapter_name=ADAPTER)
@@ -365,6 +415,32 @@ class PipelinePolicy(Policy):
             if "lora_A" in name:
                 normal = torch.randn(parameter.shape, generator=generator(lora.seed, "adapter", name))
                 parameter.data.copy_(normal / lora.rank)
+
+    def to_channels_last(self) -> None:
+        """Puts convolution weights into the order GPUs like best.
+
+        Raises:
+            ValueError: If the denoiser is no UNet, where nothing would be gained.
+        """
+        if self.part != "unet":
+            raise ValueError(
+                f"model.channels_last is for UNets, and this model's denoiser is a {type(self.denoiser).__name__}; "
+                "leave it out"
+            )
+        for module in (self.denoiser, self._frozen):
+            if module is not None:
+                module.to(memory_format=torch.channels_last)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles policy and reference in place: names of weights stay, and both compute the same way."""
+        for module in (self.denoiser, self._frozen):
+            if module is not None:
+                module.compile(backend=backend)
+
+    def shard_reference(self) -> None:
+        """Spreads the frozen copy over the processes as the denoiser is, if it is and there is a copy."""
+        if self._frozen is not None and is_sharded(self.denoiser) and not is_sharded(self._frozen):
+            shard_like(self._frozen, self.denoiser)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, or all of the denoiser's."""
@@ -390,6 +466,17 @@ class PipelinePolicy(Policy):
         reference: bool = False,
     ) -> Tensor:
         """Images [B, 3, H, W] or videos [B, T, 3, H, W] in [0, 1], float32 on the CPU; see `Policy.sample`."""
+        arguments = self._sampling_arguments(self.guidance_scale if guidance_scale is None else guidance_scale)
+        return self._draw(prompts, seeds, num_inference_steps or self.num_inference_steps, reference, arguments)
+
+    def _draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_inference_steps: int,
+        reference: bool,
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
         if len(prompts) != len(seeds):
             raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         self.reload_encoders()
@@ -397,9 +484,9 @@ class PipelinePolicy(Policy):
             output = self.pipeline(
                 prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
-                num_inference_steps=num_inference_steps or self.num_inference_steps,
+                num_inference_steps=num_inference_steps,
                 output_type="pt",
-                **self._sampling_arguments(self.guidance_scale if guidance_scale is None else guidance_scale),
+                **arguments,
             )
         media = output.frames if self.is_video else output.images
         return media.float().cpu()  # type: ignore[no-any-return]
@@ -487,7 +574,37 @@ class _Frozen:
         policy = self.policy
         module = policy._frozen if policy._frozen is not None else policy.denoiser
         with policy.adapter_off():
-            return policy._call(module, module.dtype, noisy_latents, timesteps, conditioning)
+            return policy._call(module, policy.denoiser.dtype, noisy_latents, timesteps, conditioning)
+
+
+def _inner_tokenizer(component: Any) -> Any:
+    """The tokenizer inside a multimodal processor, which some pipelines call their tokenizer; others unchanged."""
+    return getattr(component, "tokenizer", component)
+
+
+def under_autocast(module: Any, dtype: torch.dtype) -> None:
+    """Makes every call of `module` run under autocast to `dtype`, whoever calls it."""
+    forward = module.forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(module.parameters()).device.type, dtype=dtype):
+            return forward(*args, **kwargs)
+
+    module.forward = cast
+
+
+def halve(module: Any, dtype: torch.dtype) -> None:
+    """Half the memory, and bit for bit what autocast computes of the float32 weights.
+
+    Autocast rounds the weights of linear and convolutional layers itself; norms, embeddings and tables it leaves alone,
+    and rounding those too would tell the reference apart from a policy that has not been trained yet.
+    """
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, layer in module.named_modules():
+        rounded = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if rounded and kept.isdisjoint(name.split(".")):
+            layer.to(dtype)
+    under_autocast(module, dtype)
 
 
 def _on(value: float | Tensor, like: Tensor) -> float | Tensor:

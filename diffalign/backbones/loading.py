@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffalign.policy import Policy
+    from diffalign.quantization import Quantization
 
 BUILTIN = "diffalign://"
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -116,6 +117,15 @@ def inspect_model(name: str, revision: str | None = None, variant: str | None = 
     return ModelSource(name, location, family, _prediction(scheduler), revision, variant, parts)
 
 
+def read_part(source: ModelSource, part: str) -> dict[str, Any]:
+    """The configuration of a part of the pipeline, `<part>/config.json`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return _read_json(_local_folder(source.name), source.name, f"{part}/config.json", source.revision)
+
+
 def _prediction(scheduler: Mapping[str, Any]) -> Prediction:
     """A scheduler's configuration names what the denoiser predicts; flow-matching ones only by their class."""
     if str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
@@ -197,6 +207,12 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
         )
 
 
+def policy_class(source: ModelSource) -> Any:
+    """The class of a model's family, a subclass of `diffalign.backbones.base.PipelinePolicy`."""
+    module, _, attribute = FAMILIES[source.family].partition(":")
+    return getattr(importlib.import_module(f"diffalign.backbones.{module}"), attribute)
+
+
 def load_policy(
     name: str | ModelSource,
     *,
@@ -208,6 +224,7 @@ def load_policy(
     attention: str = "native",
     size: tuple[int, int] | None = None,
     num_frames: int | None = None,
+    quantization: Quantization | None = None,
     revision: str | None = None,
     variant: str | None = None,
 ) -> Policy:
@@ -223,6 +240,7 @@ def load_policy(
         attention: See `diffalign.attention.set_attention`.
         size: Height and width in pixels of what is encoded and drawn; None takes the model's own.
         num_frames: Frames of a video; None takes the model's own.
+        quantization: "nf4" or "int8" for the denoiser's frozen weights; see `diffalign.quantization`.
         revision: Branch, tag or commit on the Hub.
         variant: Weight file variant such as "fp16".
 
@@ -230,9 +248,9 @@ def load_policy(
         ValueError: If the model cannot be used; see `inspect_model`.
     """
     source = name if isinstance(name, ModelSource) else inspect_model(name, revision, variant)
-    module, _, attribute = FAMILIES[source.family].partition(":")
-    policy_class = getattr(importlib.import_module(f"diffalign.backbones.{module}"), attribute)
-    policy: Policy = policy_class.load(
+    if quantization is not None and train and lora is None:
+        raise ValueError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
+    policy: Policy = policy_class(source).load(
         source,
         lora=lora,
         train=train,
@@ -241,6 +259,7 @@ def load_policy(
         attention=attention,
         size=size,
         num_frames=num_frames,
+        quantization=quantization,
     )
     if adapter is not None:
         policy.load_trained(Path(adapter))

@@ -41,7 +41,8 @@ class StableDiffusion3Policy(PipelinePolicy):
     num_inference_steps = 28
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        self.schedule = FlowSchedule(int(self.pipeline.scheduler.config.num_train_timesteps))
+        scheduler = self.pipeline.scheduler.config
+        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(scheduler.shift))
         factor = int(self.pipeline.vae_scale_factor)
         side = int(self.denoiser.config.sample_size) * factor
         self.size = size or (side, side)

@@ -25,6 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 from transformers import CLIPModel
 
+from diffalign.backbones.sd import schedule_from_config
 from diffalign.shapes import networks
 from diffalign.shapes.scenes import Prompt, degrade, draw_scene, prompts, render, spoil_scene
 
@@ -38,12 +39,6 @@ TASK_WEIGHTS = {
 }
 """How often each task is drawn in all three trainings."""
 
-
-FREE_STEPS = 3500
-"""Steps of the denoiser on freely placed scenes."""
-
-FIRST_CYCLE = 7000
-"""Steps after which the denoiser's learning rate, gone to zero, starts a second time."""
 
 
 class PromptSampler:
@@ -69,9 +64,8 @@ def to_pixels(images: list[np.ndarray]) -> Tensor:
 class Stage:
     """One resumable training: modules, optimizer, step counter and moving average in one state file."""
 
-    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, cycles: list[int], ema: float):
-        self.name, self.steps, self.decay = name, sum(cycles), ema
-        self.cycles = cycles
+    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float):
+        self.name, self.steps, self.decay = name, steps, ema
         self.path = work / f"{name}.pt"
         self.modules = modules
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
@@ -108,8 +102,10 @@ class Stage:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=5)
         last = time.monotonic()
         while self.step < self.steps:
+            # Warm-up over 100 steps, constant, and a linear way to zero over the last third.
+            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (self.steps / 3))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self._lr_factor()
+                group["lr"] = self.lr * factor
             loss = loss_of(self.step)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -129,15 +125,6 @@ class Stage:
                 self.save()
         bar.close()
 
-    def _lr_factor(self) -> float:
-        """In each cycle: warm-up over 100 steps, constant, and a linear way to zero over the last fifth."""
-        step = self.step
-        for length in self.cycles:
-            if step < length:
-                return min(1.0, (step + 1) / 100, (length - step) / (0.2 * length))
-            step -= length
-        return 0.0
-
     def load_average(self) -> None:
         """Puts the moving average into the modules."""
         with torch.no_grad():
@@ -156,7 +143,7 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
     """The autoencoder: squared and absolute error, objects weighted up, and a light pull to a unit Gaussian."""
     torch.manual_seed(seed)
     vae = networks.build_vae()
-    stage = Stage("vae", work, {"vae": vae}, lr=2e-3, cycles=[steps], ema=0.995)
+    stage = Stage("vae", work, {"vae": vae}, lr=2e-3, steps=steps, ema=0.995)
     draw = PromptSampler()
 
     def loss_of(step: int) -> Tensor:
@@ -177,18 +164,18 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int, tidy: bool) -> tuple[Tensor, list[str]]:
-    """Posterior means and deviations, [count, 16, 8, 8], of scenes of the training prompts, and the prompts."""
-    path = work / ("tidy_scenes.pt" if tidy else "scenes.pt")
+def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
+    """Posterior means and deviations, [count, 16, 8, 8], of tidy scenes of the training prompts, and the prompts."""
+    path = work / "tidy_scenes.pt"
     if path.exists():
         state = torch.load(path, weights_only=True)
         return state["moments"], state["texts"]
     draw = PromptSampler()
     moments, texts = [], []
     for start in tqdm(range(0, count, 100), desc="encode scenes", unit="batch", mininterval=5):
-        generator, _ = _generators(seed, 6 if tidy else 2, start)
+        generator, _ = _generators(seed, 6, start)
         chosen = [draw(generator) for _ in range(100)]
-        scenes = [draw_scene(p, generator, tidy=tidy) for p in chosen]
+        scenes = [draw_scene(p, generator, tidy=True) for p in chosen]
         posterior = vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
         texts += [p.text for p in chosen]
@@ -200,39 +187,33 @@ def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int, tidy: b
 def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes: int) -> StableDiffusionPipeline:
     """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped.
 
-    The first `FREE_STEPS` see freely placed scenes, the others tidy ones, which a small network learns much sooner.
-    The learning rate goes to zero at `FIRST_CYCLE` and starts again.
+    It sees tidy scenes, objects on an 8-pixel grid, which a small network learns much sooner than freely placed ones.
     """
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(seed + 1)
     text_encoder, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
-    data = []
-    for tidy in (False, True):
-        moments, texts = encode_scenes(vae, work, seed, scenes // 2 if tidy else scenes, tidy)
-        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        data.append((*moments.chunk(2, dim=1), ids))
-    mean, std, _ = data[0]
+    moments, texts = encode_scenes(vae, work, seed, scenes)
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    mean, std = moments.chunk(2, dim=1)
     scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=scaling)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
-    scheduler = networks.build_scheduler()
+    schedule = schedule_from_config(networks.build_scheduler().config)
+    signal_to_noise = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).float()
     modules = {"text_encoder": text_encoder, "unet": unet}
-    cycles = [steps] if steps <= FIRST_CYCLE else [FIRST_CYCLE, steps - FIRST_CYCLE]
-    stage = Stage("denoiser", work, modules, lr=6e-4, cycles=cycles, ema=0.999)
+    stage = Stage("denoiser", work, modules, lr=8e-4, steps=steps, ema=0.998)
 
     def loss_of(step: int) -> Tensor:
         _, generator = _generators(seed, 3, step)
-        mean, std, ids = data[step >= FREE_STEPS]
         rows = torch.randint(len(ids), (32,), generator=generator)
         latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (32,), generator=generator)
-        noisy = scheduler.add_noise(latents * scaling, noise, timesteps)
+        noisy = schedule.add_noise(latents * scaling, noise, timesteps)
         dropped = torch.rand(32, 1, generator=generator) < 0.1
         hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
         errors = (unet(noisy, timesteps, hidden).sample - noise).square().mean((1, 2, 3))
-        cumulative = scheduler.alphas_cumprod[timesteps]
-        ratio = cumulative / (1 - cumulative)
+        ratio = signal_to_noise[timesteps]
         loss: Tensor = (errors * ratio.clamp(max=5.0) / ratio).mean()
         return loss
 
@@ -251,7 +232,7 @@ def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
     tokenizer = networks.build_tokenizer()
     torch.manual_seed(seed + 2)
     scorer = networks.build_scorer(tokenizer)
-    stage = Stage("scorer", work, {"scorer": scorer}, lr=6e-4, cycles=[steps], ema=0.995)
+    stage = Stage("scorer", work, {"scorer": scorer}, lr=6e-4, steps=steps, ema=0.995)
     draw = PromptSampler()
 
     def pair(generator: np.random.Generator) -> tuple[str, np.ndarray, np.ndarray]:
@@ -299,8 +280,8 @@ def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 13_000, scorer_steps: int = 1875,
-          scenes: int = 60_000) -> None:  # fmt: skip
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 4000, scorer_steps: int = 1875,
+          scenes: int = 30_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -320,9 +301,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=13_000)
+    parser.add_argument("--denoiser-steps", type=int, default=4000)
     parser.add_argument("--scorer-steps", type=int, default=1875)
-    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--scenes", type=int, default=30_000)
     options = parser.parse_args()
     work = options.out / "work"
     work.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ missing time id or a wrong mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ class Tiny:
         """What the plain pipeline draws for `PROMPTS` with seeds 0, 1."""
         family = self.family
         frames = {"num_frames": family.num_frames} if family.num_frames > 1 else {}
+        start = {"height": family.size[0], "width": family.size[1]}
+        if family.refines:
+            start = {**family.refines, "image": family.refines["image"].expand(len(PROMPTS), -1, -1, -1)}
         output = pipeline(
             prompt=list(PROMPTS),
-            height=family.size[0],
-            width=family.size[1],
+            **start,
             generator=[torch.Generator().manual_seed(i) for i in range(len(PROMPTS))],
             num_inference_steps=STEPS,
             output_type="pt",
@@ -60,6 +62,15 @@ class Tiny:
         )
         media: Tensor = output.frames if family.num_frames > 1 else output.images
         return media
+
+    def sample(self, policy: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Tensor:
+        """What the policy draws, from noise or from the family's image."""
+        if not self.family.refines:
+            return torch.as_tensor(policy.sample(prompts, seeds, **options))
+        images = self.family.refines["image"].expand(len(prompts), -1, -1, -1)
+        return torch.as_tensor(
+            policy.refine(images, prompts, seeds, strength=self.family.refines["strength"], **options)
+        )
 
     def media(self, count: int = 2) -> Tensor:
         """Smooth random pixels in [0, 1]: [B, 3, H, W] or [B, T, 3, H, W]."""
@@ -148,7 +159,8 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
     step = scheduler.step
 
     def recording(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append((model_output.clone(), torch.as_tensor(timestep), sample.clone()))
+        read = family.model_input(scheduler, sample, timestep)
+        seen.append((model_output.clone(), torch.as_tensor(timestep), read.clone()))
         return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = recording
@@ -173,13 +185,15 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
 
 def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> None:
     guidance = tiny.family.guidance_on or tiny.family.guidance_off
-    drawn = tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    drawn = tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
     torch.testing.assert_close(drawn, tiny.draw(tiny.pipeline(), guidance), rtol=0, atol=1e-5)
     torch.rand(3)
-    assert torch.equal(tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS), drawn)
-    alone = tiny.base.sample(PROMPTS[1:], [1], guidance_scale=guidance, num_inference_steps=STEPS)
+    assert torch.equal(
+        tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS), drawn
+    )
+    alone = tiny.sample(tiny.base, PROMPTS[1:], [1], guidance_scale=guidance, num_inference_steps=STEPS)
     torch.testing.assert_close(alone[0], drawn[1], rtol=0, atol=1e-4)
-    other = tiny.base.sample(PROMPTS[1:], [2], guidance_scale=guidance, num_inference_steps=STEPS)
+    other = tiny.sample(tiny.base, PROMPTS[1:], [2], guidance_scale=guidance, num_inference_steps=STEPS)
     assert not torch.allclose(other[0], drawn[1], atol=1e-4)
 
 
@@ -205,13 +219,12 @@ def test_decoding_undoes_the_scaling_of_encoding(tiny: Tiny) -> None:
 
 
 def _draw_with_callback(tiny: Tiny, pipeline: Any, callback: Any) -> Tensor:
-    call = dict(tiny.family.call)
-    call["callback_on_step_end"] = callback
-    object.__setattr__(tiny.family, "call", call)
+    own = tiny.family.call
+    object.__setattr__(tiny.family, "call", {**own, **tiny.family.callback(callback)})
     try:
         return tiny.draw(pipeline, tiny.family.guidance_off)
     finally:
-        call.pop("callback_on_step_end")
+        object.__setattr__(tiny.family, "call", own)
 
 
 @pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=4.0), None], ids=["lora", "full"])
@@ -255,15 +268,15 @@ def test_trained_weights_go_through_their_file(tiny: Tiny, tmp_path: Path) -> No
     move_away(policy)
     policy.save_trained(tmp_path)
     guidance = tiny.family.guidance_off
-    expected = policy.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
-    untrained = tiny.base.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    expected = tiny.sample(policy, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    untrained = tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
     assert not torch.allclose(expected, untrained, atol=1e-4)
     fresh = tiny.load(adapter=tmp_path)
-    drawn = fresh.sample(PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    drawn = tiny.sample(fresh, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
     if tiny.family.has_lora_loader:
         pipeline = tiny.pipeline()
-        pipeline.load_lora_weights(tmp_path)
+        tiny.family.load_lora(pipeline, tmp_path)
         torch.testing.assert_close(tiny.draw(pipeline, guidance), expected, rtol=0, atol=1e-5)
 
 
@@ -300,6 +313,6 @@ def test_a_denoiser_in_bfloat16_predicts_and_draws(tiny: Tiny) -> None:
     output = policy.predict(*arguments)
     with torch.no_grad():
         torch.testing.assert_close(output.float(), tiny.base.predict(*arguments), rtol=0.1, atol=0.1)
-    drawn = policy.sample(PROMPTS, [0, 1], num_inference_steps=2)
+    drawn = tiny.sample(policy, PROMPTS, [0, 1], num_inference_steps=2)
     assert drawn.dtype == torch.float32
     assert drawn.isfinite().all()

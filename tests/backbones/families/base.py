@@ -61,7 +61,12 @@ class Family:
         velocity: (scheduler, output, sample, timestep) -> noise - x0 in the scheduler's layout.
         noise_level: (scheduler, timestep) -> sigma, the share of noise.
         guide: (conditional, unconditional, scale) -> guided prediction, in the project's layout.
+        model_input: (scheduler, sample, timestep) -> the sample as the denoiser reads it, where the scheduler rescales.
+        refines: Arguments of a pipeline that starts from an image: `image` [1, 3, H, W] and `strength`; such a policy
+            draws with `refine` instead of `sample`.
         unconditional: The prompt of the unconditional branch.
+        callback: A function (pipeline, step, timestep, {"latents": ...}) -> arguments that have it called every step.
+        load_lora: (pipeline, folder): plain diffusers reads what `save_trained` wrote.
         has_lora_loader: Whether the diffusers pipeline reads LoRA files.
         tolerance: Of the comparison with the pipeline's own loop.
     """
@@ -82,7 +87,11 @@ class Family:
     velocity: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = staticmethod(_discrete_or_flow)
     noise_level: Callable[[Any, Tensor], float] = staticmethod(_noise_level)
     guide: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(_guide)
+    model_input: Callable[[Any, Tensor, Any], Tensor] = staticmethod(lambda scheduler, sample, timestep: sample)
+    refines: Mapping[str, Any] = field(default_factory=dict)
     unconditional: str = ""
+    callback: Callable[[Any], Mapping[str, Any]] = staticmethod(lambda function: {"callback_on_step_end": function})
+    load_lora: Callable[[Any, Path], None] = staticmethod(lambda pipeline, folder: pipeline.load_lora_weights(folder))
     has_lora_loader: bool = True
     tolerance: float = 1e-5
 

@@ -1,0 +1,277 @@
+"""Wan 2.1 and 2.2: flow transformers for video; the 14B model of 2.2 has one expert for each range of noise.
+
+Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (arXiv:2503.20314). The network reads t in
+0..1000 and predicts noise - x0. Traps:
+
+- the pipeline's scheduler gives the network whole numbers: the truncated 1000 * sigma. What the network receives is
+  the timestep here, so a state of the sampler carries up to 0.001 more noise than its timestep says;
+- latents are normalised per channel, by means and deviations in the autoencoder's configuration;
+- text is 512 tokens in the pipeline's call, 226 in its `encode_prompt` unless told; embeddings after the last token
+  are zeros, and the network attends to them: there is no mask;
+- `transformer` denoises from `boundary_ratio` upwards and `transformer_2` below it, each with weights and guidance of
+  its own. The rows of a training batch may lie on both sides;
+- the 5B model (`expand_timesteps`) is given a timestep for each token by its pipeline, all the same for text to video.
+  One for each sample gives the same numbers, without B * N modulations in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from diffalign.backbones.base import ADAPTER, LORA_FILE, PipelinePolicy, halve
+from diffalign.backbones.loading import LoRA
+from diffalign.batches import Conditioning
+from diffalign.schedules import FlowSchedule
+
+__all__ = ["WanPolicy"]
+
+TEXT_TOKENS = 512
+"""What the network was trained with; the published pipeline's own default."""
+
+
+class WanPolicy(PipelinePolicy):
+    """A `WanPipeline` as a policy; the conditioning is {"hidden": [B, 512, width]}, zeros after the last token.
+
+    With two experts the denoiser is an `Experts`. Its LoRA is written as one file for each, which diffusers reads one
+    after the other:
+
+        pipeline.load_lora_weights(folder)
+        pipeline.load_lora_weights(folder, subfolder="transformer_2", load_into_transformer_2=True)
+
+    An index with one expert alone, either of them, is a model of one expert, used at every timestep.
+
+    Attributes:
+        guidance_scale_2: Guidance of the low-noise expert when the policy is sampled with its own `guidance_scale`;
+            any other scale holds for both experts, as in the pipeline. None for a single expert.
+    """
+
+    is_video = True
+    half_precision_text = True
+    more_parts = ("transformer_2",)
+    guidance_scale = 5.0
+    num_inference_steps = 50
+    guidance_scale_2: float | None = None
+
+    def _denoiser(self) -> Any:
+        pipeline = self.pipeline
+        high, low, ratio = pipeline.transformer, pipeline.transformer_2, pipeline.config.boundary_ratio
+        if high is None and low is None:
+            raise ValueError(f"{self.source.name}: expected transformer or transformer_2 in the index, found neither")
+        if high is not None and low is not None and ratio is not None:
+            return Experts(high, low, float(ratio) * int(pipeline.scheduler.config.num_train_timesteps))
+        # the pipeline must not ask for the expert that is missing: its boundary goes below or above all timesteps
+        pipeline.register_to_config(boundary_ratio=None if high is not None else math.inf)
+        if high is None:
+            self.part = "transformer_2"  # type: ignore[misc]
+        return high if high is not None else low
+
+    @property
+    def _experts(self) -> dict[str, Any]:
+        """Parts of the pipeline that are trained, in the order of falling noise."""
+        return self.denoiser.parts() if isinstance(self.denoiser, Experts) else {self.part: self.denoiser}
+
+    def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
+        pipeline, config = self.pipeline, next(iter(self._experts.values())).config
+        scheduler = pipeline.scheduler.config
+        shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
+        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(shift))
+        self.size, self.num_frames = (480, 832), 81
+        if pipeline.config.expand_timesteps:
+            self.size, self.num_frames = (704, 1280), 121
+        elif isinstance(self.denoiser, Experts):
+            self.size, self.num_inference_steps = (720, 1280), 40
+            self.guidance_scale, self.guidance_scale_2 = 4.0, 3.0
+        self.size, self.num_frames = size or self.size, num_frames or self.num_frames
+        factor, stride = int(pipeline.vae_scale_factor_spatial), int(pipeline.vae_scale_factor_temporal)
+        multiple = factor * int(config.patch_size[1])
+        if self.size[0] % multiple or self.size[1] % multiple:
+            raise ValueError(
+                f"size: expected multiples of {multiple} for Wan, got {self.size[0]}x{self.size[1]} pixels"
+            )
+        if (self.num_frames - 1) % stride:
+            raise ValueError(
+                f"num_frames: expected a multiple of {stride} plus one for Wan, got {self.num_frames}; "
+                f"use {self.num_frames // stride * stride + 1}"
+            )
+        frames = (self.num_frames - 1) // stride + 1
+        self.latent_shape = (int(config.in_channels), frames, self.size[0] // factor, self.size[1] // factor)
+        self.max_tokens = TEXT_TOKENS
+
+    def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
+        hidden, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device
+        )
+        return {"hidden": hidden}
+
+    def _encoding_settings(self) -> Mapping[str, Any]:
+        return {"max_sequence_length": self.max_tokens}
+
+    def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = module(
+            hidden_states=noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditioning.tensors["hidden"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        config = self._encoder("vae").config
+        mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return mean, 1 / std
+
+    def _sampling_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        arguments = super()._sampling_arguments(guidance_scale) | {"max_sequence_length": self.max_tokens}
+        if self.guidance_scale_2 is not None and guidance_scale == self.guidance_scale:
+            arguments["guidance_scale_2"] = self.guidance_scale_2
+        return arguments
+
+    def _halve(self, module: Any, dtype: torch.dtype) -> None:
+        for expert in module.parts().values() if isinstance(module, Experts) else (module,):
+            halve(expert, dtype)  # each by itself: the pipeline calls them without going through `Experts`
+
+    def _place(self, module: Any) -> None:
+        parts = module.parts() if isinstance(module, Experts) else {self.part: module}
+        for part, expert in parts.items():
+            setattr(self.pipeline, part, expert)
+
+    def save_trained(self, folder: Path) -> None:
+        """LoRA: a file for each expert, see the class. Full: `transformer/`, `transformer_2/`."""
+        for part, expert in self._experts.items():
+            if self.lora is None:
+                expert.save_pretrained(folder / part)
+                continue
+            settings = expert.peft_config[ADAPTER].to_dict()
+            type(self.pipeline).save_lora_weights(
+                self._lora_folder(folder, part),
+                safe_serialization=True,
+                transformer_lora_layers=get_peft_model_state_dict(expert, adapter_name=ADAPTER),
+                transformer_lora_adapter_metadata={
+                    k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()
+                },
+            )
+
+    def load_trained(self, folder: Path) -> None:
+        """Reads `save_trained`'s folder.
+
+        Raises:
+            ValueError: If neither LoRA files nor weights of all experts are there.
+        """
+        experts = self._experts
+        if all((self._lora_folder(folder, part) / LORA_FILE).is_file() for part in experts):
+            for part, expert in experts.items():
+                if self.lora is not None:
+                    expert.delete_adapters(ADAPTER)
+                # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
+                state, metadata = self.pipeline.lora_state_dict(
+                    self._lora_folder(folder, part), weight_name=LORA_FILE, return_lora_metadata=True
+                )
+                self.pipeline.load_lora_into_transformer(state, expert, ADAPTER, self.pipeline, metadata=metadata)
+            config = next(iter(experts.values())).peft_config[ADAPTER]
+            targets = tuple(sorted(config.target_modules))
+            self.lora = LoRA(
+                config.r, config.lora_alpha, targets, use_dora=config.use_dora, use_rslora=config.use_rslora
+            )
+            self._upcast_adapter()
+        elif all(any((folder / part).glob("*.safetensors")) for part in experts):
+            self._frozen = self._frozen or copy.deepcopy(self.denoiser).requires_grad_(False)
+            for part, expert in experts.items():
+                trained = type(expert).from_pretrained(folder / part, torch_dtype=expert.dtype)
+                expert.load_state_dict(trained.state_dict())
+        else:
+            wanted = " and ".join(str(self._lora_folder(Path(), part) / LORA_FILE) for part in experts)
+            raise ValueError(
+                f"{folder}: expected {wanted}, or safetensors in {' and '.join(experts)}; found neither in full"
+            )
+        self.denoiser.eval()
+
+    def _lora_folder(self, folder: Path, part: str) -> Path:
+        """Where the LoRA file of an expert lies: the first one's where plain diffusers looks for it."""
+        return folder if part == next(iter(self._experts)) else folder / part
+
+
+class Experts(nn.Module):
+    """Two transformers, one for each range of noise; every row of a batch goes to the one its timestep belongs to.
+
+    An expert without rows still sees one patch of the first row, multiplied by zero: every trained parameter then has
+    a gradient, and all processes of a sharded run gather the same weights in the same order.
+
+    Args:
+        transformer: For timesteps from `boundary` upwards.
+        transformer_2: For timesteps below.
+        boundary: In timesteps.
+    """
+
+    def __init__(self, transformer: nn.Module, transformer_2: nn.Module, boundary: float) -> None:
+        super().__init__()
+        self.transformer: Any = transformer
+        self.transformer_2: Any = transformer_2
+        self.boundary = boundary
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """The velocity, [B, C, t, h, w], of latents of that shape at timesteps [B] with text [B, L, width]."""
+        high = timestep >= self.boundary
+        places, outputs, idle = [], [], hidden_states.new_zeros(())
+        for expert, chosen in ((self.transformer, high), (self.transformer_2, ~high)):
+            rows = chosen.nonzero().flatten()
+            if len(rows):
+                inputs = hidden_states[rows], timestep[rows], encoder_hidden_states[rows]
+                places.append(rows)
+                outputs.append(expert(*inputs, return_dict=False)[0])
+            else:
+                t, h, w = expert.config.patch_size
+                inputs = hidden_states[:1, :, :t, :h, :w], timestep[:1], encoder_hidden_states[:1]
+                idle = (0 * expert(*inputs, return_dict=False)[0]).sum()
+        return (torch.cat(outputs)[torch.cat(places).argsort()] + idle,)
+
+    def parts(self) -> dict[str, Any]:
+        """The experts under their names in the pipeline, high noise first."""
+        return {"transformer": self.transformer, "transformer_2": self.transformer_2}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the experts' frozen weights."""
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Blocks that a sharded run keeps whole."""
+        names: list[str] = self.transformer._no_split_modules
+        return names
+
+    def add_adapter(self, settings: LoraConfig, adapter_name: str = ADAPTER) -> None:
+        """One adapter of the same settings for each expert."""
+        for expert in self.parts().values():
+            expert.add_adapter(settings, adapter_name=adapter_name)
+
+    def enable_adapters(self) -> None:
+        """Switches both adapters on."""
+        for expert in self.parts().values():
+            expert.enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """Switches both adapters off."""
+        for expert in self.parts().values():
+            expert.disable_adapters()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes both experts' activations in the backward pass."""
+        for expert in self.parts().values():
+            expert.enable_gradient_checkpointing()
+
+    def set_attention_backend(self, backend: str) -> None:
+        """The attention implementation of both, by diffusers' names."""
+        for expert in self.parts().values():
+            expert.set_attention_backend(backend)
