@@ -39,10 +39,10 @@ results: install
 	@$(BIN)/diffalign demo --output runs/results --seeds $(SEEDS)
 
 test: install
-	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not gpu and not network"
+	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu and not network"
 
 test-fast: install
-	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not network"
+	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not gpu and not network"
 
 test-all: install
 	@HF_HUB_OFFLINE=0 $(PYTEST)

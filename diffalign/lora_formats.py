@@ -327,7 +327,7 @@ def _split(adapter: Adapter, names: list[str]) -> Adapters:
         return {names[0]: adapter}
     rows = [MLP_RATIO if name.endswith("proj_mlp") else 1 for name in names]
     unit = len(adapter.up) // sum(rows)
-    ups = adapter.up.split([unit * share for share in rows])
+    ups = torch.split(adapter.up, [unit * share for share in rows])
     rank, rest = divmod(adapter.rank, len(names))
     if rest or any(_outside(up, place * rank, rank).any() for place, up in enumerate(ups)):
         return {

@@ -167,7 +167,7 @@ def _data(run: Run, license: str | None) -> ModelCardData:
     dataset = data.get("dataset_name")
     tags = ["diffusers", "preference-alignment", run.method.replace("_", "-"), "diffalign"]
     known = is_hub_id(run.base)
-    relation = {"base_model_relation": "adapter" if run.is_lora else "finetune"} if known else {}
+    relation = "adapter" if run.is_lora else "finetune"
     return ModelCardData(
         base_model=run.base if known else None,
         datasets=[dataset] if dataset and is_hub_id(dataset) else None,
@@ -175,7 +175,7 @@ def _data(run: Run, license: str | None) -> ModelCardData:
         license=license,
         pipeline_tag=None if run.family is None else "text-to-video" if run.is_video else "text-to-image",
         tags=[*tags, "lora"] if run.is_lora else tags,
-        **relation,
+        base_model_relation=relation if known else None,
     )
 
 
@@ -188,7 +188,7 @@ def _body(run: Run, license: str | None, repo_id: str | None) -> str:
     blocks += ["## Training", *_training(run)]
     blocks += ["## Evaluation", *_evaluation(run)]
     blocks += ["## Reproduce", _fenced("\n".join(_commands(run)), "bash"), "The configuration, `config.yaml`:"]
-    text = (run.folder / "config.yaml").read_text(encoding="utf-8").replace(str(Path.home()), "~")
+    text = (run.folder / "config.yaml").read_text(encoding="utf-8")
     blocks += [f"<details><summary>config.yaml</summary>\n\n{_fenced(text.strip(), 'yaml')}\n\n</details>"]
     terms = f"{_plain(license)}." if license else "None was stated for these weights."
     blocks += ["## Licence", f"{terms} They derive from {_code(run.base)}: see the terms of that model."]
@@ -380,7 +380,6 @@ def _fenced(text: str, language: str) -> str:
 
 def draw_curves(folder: Path) -> bytes | None:
     """Loss and implicit accuracy of training and validation as a PNG; None if nothing was logged."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     series = _series(folder / "metrics.jsonl")
@@ -403,7 +402,7 @@ def draw_curves(folder: Path) -> bytes | None:
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.legend(frameon=False)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client the library uses
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from diffalign.model_card import CARD, CURVES, Run, read_run, render_card, shown_pictures, write_card
 

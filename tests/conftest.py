@@ -17,6 +17,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker for a file, which builds its fixtures once; the contract test is shared out by family."""
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("tiny")  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {family or ''}"))
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Tests reach no address but this machine's own."""

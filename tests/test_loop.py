@@ -161,6 +161,7 @@ class Changed:
 # --- what a run does -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_what_it_should(start: Any) -> None:
     """Pairs that differ as a whole, as the noise of this tiny autoencoder drowns its pictures."""
 
@@ -215,6 +216,7 @@ def test_lines_are_written_every_so_many_steps(start: Any) -> None:
     assert column(folder, "step") == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro", "size"), [(4, 1), (2, 2)])
 def test_accumulation_is_a_larger_batch(start: Any, micro: int, size: int) -> None:
     """In float64, where the order of summation is the only difference: losses, norms and weights to 1e-9."""
@@ -252,6 +254,7 @@ def test_gradients_are_clipped_at_the_norm_that_is_logged_before(start: Any) -> 
     assert column(free, "grad_norm") == [logged]
 
 
+@pytest.mark.slow
 def test_learning_rates_count_optimizer_steps(start: Any) -> None:
     trainer, source, config = start(
         max_train_steps=6,
@@ -473,6 +476,7 @@ def test_validation_comes_before_the_first_step_then_regularly_and_at_the_end(st
     assert rows(folder, "validation") == [{"step": s, "score": s / 2} for s in calls]
 
 
+@pytest.mark.slow
 def test_validation_looks_at_the_same_triples_every_time(start: Any, encoded: EncodedPairs) -> None:
     from diffalign.commands import _Validation
 
@@ -551,6 +555,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(start: Any) -> N
 # --- stopping and going on -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_saves_leaves_quietly_and_goes_on_as_if_nothing_had_happened(start: Any) -> None:
     options = {"max_train_steps": 5, "lr_scheduler": "linear", "lr_warmup_steps": 2, "use_ema": True}
     whole = fit(*start("whole", **options))
@@ -587,6 +592,7 @@ def test_a_named_checkpoint_can_be_resumed(start: Any) -> None:
     assert rows(folder) == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_before_anything_is_touched(start: Any) -> None:
     folder = fit(*start())
     before = (folder / "metrics.jsonl").read_bytes()

@@ -45,7 +45,8 @@ class WanPolicy(PipelinePolicy):
     after the other:
 
         pipeline.load_lora_weights(folder)
-        pipeline.load_lora_weights(folder, subfolder="transformer_2", load_into_transformer_2=True)
+        second = "pytorch_lora_weights_transformer_2.safetensors"
+        pipeline.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
 
     An index with one expert alone, either of them, is a model of one expert, used at every timestep.
 
@@ -152,7 +153,8 @@ class WanPolicy(PipelinePolicy):
                 continue
             settings = expert.peft_config[ADAPTER].to_dict()
             type(self.pipeline).save_lora_weights(
-                self._lora_folder(folder, part),
+                folder,
+                weight_name=self._lora_file(part),
                 safe_serialization=True,
                 transformer_lora_layers=get_peft_model_state_dict(expert, adapter_name=ADAPTER),
                 transformer_lora_adapter_metadata={
@@ -167,13 +169,13 @@ class WanPolicy(PipelinePolicy):
             ValueError: If neither LoRA files nor weights of all experts are there.
         """
         experts = self._experts
-        if all((self._lora_folder(folder, part) / LORA_FILE).is_file() for part in experts):
+        if all((folder / self._lora_file(part)).is_file() for part in experts):
             for part, expert in experts.items():
                 if self.lora is not None:
                     expert.delete_adapters(ADAPTER)
                 # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
                 state, metadata = self.pipeline.lora_state_dict(
-                    self._lora_folder(folder, part), weight_name=LORA_FILE, return_lora_metadata=True
+                    folder, weight_name=self._lora_file(part), return_lora_metadata=True
                 )
                 self.pipeline.load_lora_into_transformer(state, expert, ADAPTER, self.pipeline, metadata=metadata)
             config = next(iter(experts.values())).peft_config[ADAPTER]
@@ -188,15 +190,19 @@ class WanPolicy(PipelinePolicy):
                 trained = type(expert).from_pretrained(folder / part, torch_dtype=expert.dtype)
                 expert.load_state_dict(trained.state_dict())
         else:
-            wanted = " and ".join(str(self._lora_folder(Path(), part) / LORA_FILE) for part in experts)
+            wanted = " and ".join(map(self._lora_file, experts))
             raise ValueError(
                 f"{folder}: expected {wanted}, or safetensors in {' and '.join(experts)}; found neither in full"
             )
         self.denoiser.eval()
 
-    def _lora_folder(self, folder: Path, part: str) -> Path:
-        """Where the LoRA file of an expert lies: the first one's where plain diffusers looks for it."""
-        return folder if part == next(iter(self._experts)) else folder / part
+    def _lora_file(self, part: str) -> str:
+        """Name of an expert's LoRA file: the first one's is what diffusers looks for.
+
+        The second has a name and not a folder of its own: with a file of the usual name in sight, diffusers reads that
+        one whatever `subfolder` says.
+        """
+        return LORA_FILE if part == next(iter(self._experts)) else f"{Path(LORA_FILE).stem}_{part}.safetensors"
 
 
 class Experts(nn.Module):

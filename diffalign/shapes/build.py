@@ -64,8 +64,9 @@ def to_pixels(images: list[np.ndarray]) -> Tensor:
 class Stage:
     """One resumable training: modules, optimizer, step counter and moving average in one state file."""
 
-    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float):
-        self.name, self.steps, self.decay = name, steps, ema
+    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float,
+                 cooldown: float = 0.2):  # fmt: skip
+        self.name, self.steps, self.decay, self.cooldown = name, steps, ema, cooldown
         self.path = work / f"{name}.pt"
         self.modules = modules
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
@@ -102,8 +103,8 @@ class Stage:
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=5)
         last = time.monotonic()
         while self.step < self.steps:
-            # Warm-up over 100 steps, constant, and a linear way to zero over the last third.
-            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (self.steps / 3))
+            # Warm-up over 100 steps, constant, and a linear way to zero over the last steps.
+            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (self.cooldown * self.steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor
             loss = loss_of(self.step)
@@ -201,7 +202,7 @@ def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes
     schedule = schedule_from_config(networks.build_scheduler().config)
     signal_to_noise = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).float()
     modules = {"text_encoder": text_encoder, "unet": unet}
-    stage = Stage("denoiser", work, modules, lr=8e-4, steps=steps, ema=0.998)
+    stage = Stage("denoiser", work, modules, lr=8e-4, steps=steps, ema=0.998, cooldown=0.25)
 
     def loss_of(step: int) -> Tensor:
         _, generator = _generators(seed, 3, step)
@@ -280,7 +281,7 @@ def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 4000, scorer_steps: int = 1875,
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 3340, scorer_steps: int = 1875,
           scenes: int = 30_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=4000)
+    parser.add_argument("--denoiser-steps", type=int, default=3340)
     parser.add_argument("--scorer-steps", type=int, default=1875)
     parser.add_argument("--scenes", type=int, default=30_000)
     options = parser.parse_args()

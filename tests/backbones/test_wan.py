@@ -20,6 +20,7 @@ from tests.backbones.families.wan import STATISTICS, save_tiny
 
 SIZE = {"size": (32, 48), "num_frames": 5}
 BOUNDARY = 700.0
+SECOND_FILE = "pytorch_lora_weights_transformer_2.safetensors"
 PUBLISHED_14B = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 40,
@@ -121,7 +122,7 @@ def test_the_two_adapters_are_different_and_lie_in_two_files(load: Any, folder: 
         for index, parameter in enumerate(policy.trainable_parameters()):
             parameter.add_(0.01 * (index + 1))
     policy.save_trained(tmp_path)
-    first, second = load_file(tmp_path / LORA_FILE), load_file(tmp_path / "transformer_2" / LORA_FILE)
+    first, second = load_file(tmp_path / LORA_FILE), load_file(tmp_path / SECOND_FILE)
     assert first.keys() == second.keys()
     assert not any(torch.equal(first[name], second[name]) for name in first)
     fresh = load(adapter=tmp_path)
@@ -130,7 +131,7 @@ def test_the_two_adapters_are_different_and_lie_in_two_files(load: Any, folder: 
     with torch.no_grad():
         arguments = inputs(policy, 100.0, 900.0)
         torch.testing.assert_close(fresh.predict(*arguments), policy.predict(*arguments), rtol=0, atol=1e-5)
-    (tmp_path / "transformer_2" / LORA_FILE).unlink()
+    (tmp_path / SECOND_FILE).unlink()
     with pytest.raises(ValueError, match="found neither in full"):
         load(adapter=tmp_path)
 

@@ -38,6 +38,26 @@ def test_the_pipeline_is_a_stock_one() -> None:
     assert longest <= pipeline.tokenizer.model_max_length == 20
 
 
+def test_the_base_agrees_with_its_schedule_on_how_noisy_its_input_is() -> None:
+    """Its error is small at every timestep; a network that learned another order of time is lost at both ends.
+
+    That happened: diffusers' multistep scheduler reads its table backwards in `add_noise` before `set_timesteps`.
+    """
+    policy = load_policy("diffalign://shapes")
+    generator = np.random.default_rng(3)
+    some = [prompts("train", task)[i] for task in TASKS for i in generator.integers(10, size=4)]
+    drawn = torch.stack([torch.from_numpy(render(draw_scene(p, generator, tidy=True))).permute(2, 0, 1) / 255 for p in some])
+    latents, conditioning = policy.encode(drawn).mean, policy.encode_prompts([p.text for p in some])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for timestep in (100, 300, 500, 700, 900):
+        timesteps = torch.full((len(some),), timestep)
+        noisy = policy.schedule.add_noise(latents, noise, timesteps)
+        with torch.no_grad():
+            errors.append(float((policy.predict(noisy, timesteps, conditioning) - noise).square().mean()))
+    assert max(errors) < 0.05
+
+
 def test_the_scorer_prefers_the_scene_that_was_asked_for() -> None:
     """On held-out prompts, against scenes with one change: at least 85 of 100 pairs right."""
     generator = np.random.default_rng(11)

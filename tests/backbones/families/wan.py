@@ -87,7 +87,8 @@ def noise_level(scheduler: Any, timestep: Tensor) -> float:
 def load_lora(pipeline: Any, folder: Path) -> None:
     """Both experts' files."""
     pipeline.load_lora_weights(folder)
-    pipeline.load_lora_weights(folder, subfolder="transformer_2", load_into_transformer_2=True)
+    second = "pytorch_lora_weights_transformer_2.safetensors"
+    pipeline.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
 
 
 _wan = partial(Family, pipeline_class="WanPipeline", velocity=velocity, noise_level=noise_level)
@@ -106,8 +107,8 @@ FAMILIES = [
     _wan(
         name="wan-per-token",
         save=partial(save_tiny, per_token=True),
-        latent_shape=(4, 2, 2, 4),
-        size=(32, 64),
+        latent_shape=(4, 2, 4, 6),
+        size=(64, 96),
         num_frames=5,
     ),
 ]
