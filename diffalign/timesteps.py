@@ -6,8 +6,8 @@ noise table rescaled to zero terminal SNR because it must learn from pure noise 
 halves of a pair coincide, so a quarter of Turbo's draws has z = 0, loss ln 2 and no gradient; "turbo_informative"
 draws from the other three only.
 
-"logit_normal" is the density of Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206, section 3.1) for flow models, as
-Flow-DPO's authors train with it: u = sigmoid(N(0, 1)) picks one of T equal steps of the sampler's own falling noise
+"logit_normal" is the density of Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206, section 3.1) for flow models,
+as Flow-DPO's authors train with it: u = sigmoid(N(0, 1)) picks one of T equal steps of the sampler's own falling noise
 table, which for SD3 is shifted (section 5.3.2), so that half of the draws have sigma above 0.75.
 """
 

@@ -274,7 +274,7 @@ def test_every_kind_of_layer_with_different_alphas_and_ranks(
 # --- original names --------------------------------------------------------------------------------------------------
 
 
-UNETS = {
+UNETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
     "sd": (
         ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -347,9 +347,9 @@ def test_comfyui_file_of_a_unet_names_the_original_layers(tmp_path: Path, runs: 
 WIDTH = 3072
 
 
-def flux_layers(parts: str = "all") -> dict[str, tuple[int, int]]:
+def flux_layers(parts: str = "all") -> dict[str, tuple[int, ...]]:
     """Shapes of the adapted weights in some blocks of FLUX.1."""
-    layers: dict[str, tuple[int, int]] = {}
+    layers: dict[str, tuple[int, ...]] = {}
     for i in (0, 18):
         block = f"transformer.transformer_blocks.{i}"
         names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -453,12 +453,13 @@ def test_what_is_not_understood_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_adapters(tensors)
+    adapter = Adapter(pair["lora_down.weight"], pair["lora_up.weight"], 1.0)
     with pytest.raises(ValueError, match="no kohya name is known"):
-        write_adapters({"unet.down_blocks.0.motion_modules.0.proj_in": Adapter(*pair.values(), 1.0)}, "kohya", "sd")
+        write_adapters({"unet.down_blocks.0.motion_modules.0.proj_in": adapter}, "kohya", "sd")
     with pytest.raises(ValueError, match="no original name is known for the layer 'x_embedder'"):
-        write_adapters({"transformer.x_embedder": Adapter(*pair.values(), 1.0)}, "kohya", "flux")
+        write_adapters({"transformer.x_embedder": adapter}, "kohya", "flux")
     with pytest.raises(ValueError, match="is none of the family sd"):
-        write_adapters({"transformer.x_embedder": Adapter(*pair.values(), 1.0)}, "kohya", "sd")
+        write_adapters({"transformer.x_embedder": adapter}, "kohya", "sd")
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path, runs: dict[str, Path]) -> None:

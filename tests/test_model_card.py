@@ -176,7 +176,7 @@ def test_curves(run: Path, tmp_path: Path) -> None:
     (tmp_path / "curves.png").write_bytes(content)
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1000, 300)
-        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}  # type: ignore[misc]
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}
     assert {(0x3F, 0x8F, 0xD2), (0xE0, 0x80, 0x3A)} <= colors
     assert draw_curves(run) == content
 

@@ -194,12 +194,12 @@ class PipelinePolicy(Policy):
         return arguments
 
     def _latent_statistics(self) -> tuple[float | Tensor, float | Tensor]:
-        """(shift, scale) with latents = (raw - shift) * scale, numbers or tensors that broadcast against [B, C, ...]."""
+        """(shift, scale) with latents = (raw - shift) * scale, numbers or tensors that broadcast to [B, C, ...]."""
         config = self._encoder("vae").config
         return float(getattr(config, "shift_factor", None) or 0.0), float(config.scaling_factor)
 
     def _raw_moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the autoencoder's own latents for pixels in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W]."""
+        """Mean and deviation of the autoencoder's own latents of pixels in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W]."""
         posterior = vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
@@ -549,16 +549,16 @@ class PipelinePolicy(Policy):
             self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER)
             config = self.denoiser.peft_config[ADAPTER]
             targets = tuple(sorted(config.target_modules))
-            self.lora = LoRA(config.r, config.lora_alpha, targets, use_dora=config.use_dora, use_rslora=config.use_rslora)
+            self.lora = LoRA(
+                config.r, config.lora_alpha, targets, use_dora=config.use_dora, use_rslora=config.use_rslora
+            )
             self._upcast_adapter()
         elif any((folder / self.part).glob("*.safetensors")):
             trained = type(self.denoiser).from_pretrained(folder / self.part, torch_dtype=self.denoiser.dtype)
             self._frozen = self._frozen or copy.deepcopy(self.denoiser).requires_grad_(False)
             self.denoiser.load_state_dict(trained.state_dict())
         else:
-            raise ValueError(
-                f"{folder}: expected {LORA_FILE} or a {self.part} folder with safetensors, found neither"
-            )
+            raise ValueError(f"{folder}: expected {LORA_FILE} or a {self.part} folder with safetensors, found neither")
         self.denoiser.eval()
 
 

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: a flow transformer with two CLIP encoders and, if it is there, T5.
 
 Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206). The
-network reads t in 0..1000 and predicts noise - x0. Latents are shifted before they are scaled. T5 may be missing, as the
-published pipelines allow: its tokens are then zeros.
+network reads t in 0..1000 and predicts noise - x0. Latents are shifted before they are scaled. T5 may be missing, as
+the published pipelines allow: its tokens are then zeros.
 """
 
 from __future__ import annotations

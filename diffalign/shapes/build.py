@@ -40,7 +40,6 @@ TASK_WEIGHTS = {
 """How often each task is drawn in all three trainings."""
 
 
-
 class PromptSampler:
     """Draws training prompts: first a task by `TASK_WEIGHTS`, then one of its prompts uniformly."""
 

@@ -7,7 +7,7 @@ missing time id or a wrong mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,11 @@ class Tiny:
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     family: Family = request.param
     folder = tmp_path_factory.mktemp(family.name) / "pipeline"
     family.save(folder)
-    yield Tiny(family, folder)
+    return Tiny(family, folder)
 
 
 def some_timesteps(policy: Any) -> Tensor:

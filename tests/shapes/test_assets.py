@@ -46,7 +46,9 @@ def test_the_base_agrees_with_its_schedule_on_how_noisy_its_input_is() -> None:
     policy = load_policy("diffalign://shapes")
     generator = np.random.default_rng(3)
     some = [prompts("train", task)[i] for task in TASKS for i in generator.integers(10, size=4)]
-    drawn = torch.stack([torch.from_numpy(render(draw_scene(p, generator, tidy=True))).permute(2, 0, 1) / 255 for p in some])
+    drawn = torch.stack(
+        [torch.from_numpy(render(draw_scene(p, generator, tidy=True))).permute(2, 0, 1) / 255 for p in some]
+    )
     latents, conditioning = policy.encode(drawn).mean, policy.encode_prompts([p.text for p in some])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     errors = []

@@ -17,6 +17,22 @@ def _same(policy: Any, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _unchanged(timestep: Tensor) -> Tensor:
+    return timestep
+
+
+def _sample(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
+    return sample
+
+
+def _on_step_end(function: Any) -> Mapping[str, Any]:
+    return {"callback_on_step_end": function}
+
+
+def _load_lora(pipeline: Any, folder: Path) -> None:
+    pipeline.load_lora_weights(folder)
+
+
 def _discrete_or_flow(scheduler: Any, output: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
     """noise - x0 of what a scheduler's step was given, by the scheduler's own tables."""
     if type(scheduler).__name__.startswith("FlowMatch"):
@@ -83,15 +99,15 @@ class Family:
     guidance_on: float | None = 4.0
     guidance_argument: str = "guidance_scale"
     latents: Callable[[Any, Tensor], Tensor] = _same
-    timesteps: Callable[[Tensor], Tensor] = staticmethod(lambda timestep: timestep)
-    velocity: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = staticmethod(_discrete_or_flow)
-    noise_level: Callable[[Any, Tensor], float] = staticmethod(_noise_level)
-    guide: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(_guide)
-    model_input: Callable[[Any, Tensor, Any], Tensor] = staticmethod(lambda scheduler, sample, timestep: sample)
+    timesteps: Callable[[Tensor], Tensor] = _unchanged
+    velocity: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = _discrete_or_flow
+    noise_level: Callable[[Any, Tensor], float] = _noise_level
+    guide: Callable[[Tensor, Tensor, float], Tensor] = _guide
+    model_input: Callable[[Any, Tensor, Any], Tensor] = _sample
     refines: Mapping[str, Any] = field(default_factory=dict)
     unconditional: str = ""
-    callback: Callable[[Any], Mapping[str, Any]] = staticmethod(lambda function: {"callback_on_step_end": function})
-    load_lora: Callable[[Any, Path], None] = staticmethod(lambda pipeline, folder: pipeline.load_lora_weights(folder))
+    callback: Callable[[Any], Mapping[str, Any]] = _on_step_end
+    load_lora: Callable[[Any, Path], None] = _load_lora
     has_lora_loader: bool = True
     tolerance: float = 1e-5
 
