@@ -259,7 +259,7 @@ def test_every_kind_of_layer_with_different_alphas_and_ranks(
     adapters |= random_adapters({names[-1]: layers[names[-1]]}, rank=2, alpha=8.0)
     files = {}
     for layout in ("diffusers", "kohya"):
-        tensors, metadata = write_adapters(adapters, layout, family)  # type: ignore[arg-type]
+        tensors, metadata = write_adapters(adapters, layout, family)
         files[layout] = tmp_path / f"{layout}.safetensors"
         save_file({k: 0.3 * v if "up." in k or "_B." in k else v for k, v in tensors.items()}, files[layout], metadata)
         back = read_adapters(tensors, metadata)

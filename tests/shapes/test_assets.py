@@ -77,7 +77,7 @@ def test_the_scorer_prefers_the_scene_that_was_asked_for() -> None:
 
 @pytest.mark.slow
 def test_the_base_is_worth_aligning_and_leaves_room() -> None:
-    """Judge score on held-out prompts between 0.35 and 0.75, with the demo's sampling."""
+    """Judge score on all held-out prompts between 0.35 and 0.75, with some guidance; without, there is more room."""
     policy = load_policy("diffalign://shapes")
     benchmark = Shapes()
     cases = benchmark.cases()
@@ -85,7 +85,7 @@ def test_the_base_is_worth_aligning_and_leaves_room() -> None:
     for start in range(0, len(cases), 32):
         chunk = cases[start : start + 32]
         images = policy.sample(
-            [c.prompt for c in chunk], [c.seed for c in chunk], guidance_scale=5.0, num_inference_steps=12
+            [c.prompt for c in chunk], [c.seed for c in chunk], guidance_scale=2.0, num_inference_steps=12
         )
         rows += benchmark.score(images, chunk)
     score = benchmark.aggregate(rows).scores["judge_score"].value
