@@ -66,8 +66,8 @@ def demo(output: str, seeds: str, quick: bool) -> None:
 @click.option("--adapter", default=None, help="Trained weights: a run's output folder.")
 @click.option("--limit", type=int, default=None, help="Take only so many prompts.")
 @click.option("--num-images-per-prompt", type=int, default=1, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
-@click.option("--num-inference-steps", type=int, default=25, show_default=True)
+@click.option("--guidance-scale", type=float, default=None, help="Default: what the model's family is sampled with.")
+@click.option("--num-inference-steps", type=int, default=None, help="Likewise.")
 @click.option("--batch-size", type=int, default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(model: str, prompts: str, output: str, adapter: str | None, limit: int | None, **sampling: Any) -> None:
@@ -119,6 +119,49 @@ def evaluate(config: str, overrides: tuple[str, ...]) -> None:
 def report(run_dir: str, output: str | None) -> None:
     """Write the HTML report of a run."""
     click.echo(_commands().report(run_dir, output))
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--layout", type=click.Choice(["kohya", "comfyui", "diffusers"]), default="kohya", show_default=True)
+@click.option("--output", required=True, help="File to write, *.safetensors; with diffusers also a folder.")
+@click.option(
+    "--family",
+    type=click.Choice(["sd", "sdxl", "sdxl-refiner", "flux"]),
+    default=None,
+    help="Needed for a FLUX file outside its run's folder.",
+)
+def export(source: str, layout: str, output: str, family: str | None) -> None:
+    """Write the LoRA of SOURCE (a run's folder or a file) in another program's key layout, or back."""
+    _commands()
+    from diffalign import lora_formats
+
+    click.echo(lora_formats.export(source, layout, output, family))
+
+
+@cli.command()
+@click.argument("run_dir")
+@click.option("--license", default=None, help="Licence of the weights, as the Hub names it.")
+@click.option("--repo-id", default=None, help="Where it will be published, for the card's examples.")
+def card(run_dir: str, license: str | None, repo_id: str | None) -> None:
+    """Write the model card of a run: README.md, with data, configuration, curves and scores."""
+    _commands()
+    from diffalign import model_card
+
+    click.echo(model_card.card(run_dir, license, repo_id))
+
+
+@cli.command()
+@click.argument("run_dir")
+@click.argument("repo_id")
+@click.option("--private", is_flag=True)
+@click.option("--license", default=None, help="Licence of the weights, as the Hub names it.")
+def push(run_dir: str, repo_id: str, private: bool, license: str | None) -> None:
+    """Publish the weights and the model card of a run on the Hugging Face Hub, in one commit."""
+    _commands()
+    from diffalign import publishing
+
+    click.echo(publishing.push(run_dir, repo_id, private, license))
 
 
 @cli.command()

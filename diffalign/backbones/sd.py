@@ -35,8 +35,10 @@ class UNetPolicy(PipelinePolicy):
         self.max_tokens = int((self.pipeline.tokenizer or self.pipeline.tokenizer_2).model_max_length)
 
     def _lora_layers(self) -> dict[str, Tensor]:
-        layers: dict[str, Tensor] = convert_state_dict_to_diffusers(super()._lora_layers())
-        return layers
+        layers = super()._lora_layers()
+        older: dict[str, Tensor] = convert_state_dict_to_diffusers(layers)
+        # The older suffixes exist for attentions alone, and diffusers fails on a file in which both occur.
+        return layers if any("lora_A" in key for key in older) else older
 
 
 class StableDiffusionPolicy(UNetPolicy):

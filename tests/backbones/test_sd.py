@@ -330,6 +330,19 @@ def test_plain_diffusers_reads_the_weights(trained: Any, tiny_pipeline: Path, tm
     near(images, sample(trained))
 
 
+def test_layers_beyond_attention_go_through_the_file_too(tiny_pipeline: Path, tmp_path: Path, policies: Any) -> None:
+    targets = ("to_q", "conv1", "ff.net.0.proj", "proj_in")
+    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2, target_modules=targets), train=True)
+    policies.move_away(policy, 0.1)
+    policy.save_trained(tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline, dtype=torch.float32, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipeline(PROMPTS, guidance_scale=3.0, num_inference_steps=3, generator=generators, output_type="pt").images
+    near(images, sample(policy))
+
+
 def test_a_folder_without_trained_weights(base: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected pytorch_lora_weights.safetensors or a unet folder"):
         base.load_trained(tmp_path)
