@@ -50,6 +50,10 @@ class TablePolicy(Policy):
         self.latent_shape = tuple(answers.shape[1:])
         self.answers, self.reference_answers = answers, reference_answers
 
+    @property
+    def resolution(self) -> int:
+        return 2
+
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.answers
 
