@@ -17,10 +17,16 @@ import torch
 torch.set_num_threads(1)
 
 
+QUICK_FAMILIES = ("sd-epsilon", "sd3")
+"""The others' contract is slow only because they are many."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker for a file, which builds its fixtures once; the contract test is shared out by family."""
     for item in items:
         family = getattr(item, "callspec", None) and item.callspec.params.get("tiny")  # type: ignore[attr-defined]
+        if family is not None and str(family) not in QUICK_FAMILIES:
+            item.add_marker(pytest.mark.slow)
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {family or ''}"))
 
 

@@ -75,6 +75,7 @@ def test_every_frame_is_encoded_and_decoded_as_an_image(base: Any) -> None:
             torch.testing.assert_close(decoded[row, frame], pixels.clamp(0, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_reach_all_attention_or_the_motion_modules_only(folder: Path, tmp_path: Path) -> None:
     everywhere = {name for name, _ in load(folder, lora=LoRA(rank=2), train=True).named_trainable()}
     policy = load(folder, lora=LoRA(rank=2, target_modules=MOTION_TARGETS), train=True)
