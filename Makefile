@@ -17,8 +17,8 @@ PYTEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo       align the embedded model and write runs/demo/report.html (about six minutes)"
 	@echo "make results    the same over the seeds $(SEEDS), pooled in runs/results"
-	@echo "make test       all tests that need neither network nor accelerator (under ten minutes)"
-	@echo "make test-fast  the quick ones (under one minute)"
+	@echo "make test       all tests that need neither network nor accelerator"
+	@echo "make test-fast  the quick ones (about three minutes)"
 	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
 	@echo "make check      ruff, formatting and mypy"
 	@echo "make format     let ruff mend what it can"
