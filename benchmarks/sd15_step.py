@@ -1,7 +1,7 @@
 """Times one Diffusion-DPO step on a Stable Diffusion 1.5 UNet with random weights, through `diffalign.fit`.
 
-    python benchmarks/sd15_step.py                    512 px, bf16, LoRA and full, on the accelerator that is there
-    python benchmarks/sd15_step.py --tiny             a small UNet, to try the script on a CPU
+    python -m benchmarks.sd15_step                    512 px, bf16, LoRA and full, on the accelerator that is there
+    python -m benchmarks.sd15_step --tiny             a small UNet, to try the script on a CPU
 
 Prints and writes (benchmarks/results/sd15_step_<device>.json) for each mode: pairs per second as the median over
 the steps after warm-up, peak memory, and how a step's time splits into reference forward, policy forward and the
@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +21,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffalign as da
+from benchmarks import steps
 from diffalign.backbones.loading import ModelSource
 from diffalign.backbones.sd import StableDiffusionPolicy
 from diffalign.shapes.networks import build_tokenizer
-
-
-class RandomPairs:
-    """A batch source of random latents and embeddings: what a filled cache gives, without its files."""
-
-    def __init__(self, policy: StableDiffusionPolicy, batch_size: int, tokens: int, width: int) -> None:
-        shape = (batch_size, *policy.latent_shape)
-        generator = da.generator("benchmark")
-        self.chosen, self.rejected = (torch.randn(shape, generator=generator) for _ in range(2))
-        self.hidden = torch.randn((batch_size, tokens, width), generator=generator)
-        self.batch_size = batch_size
-
-    def batch(self, step: int, micro_step: int) -> da.PairBatch:
-        """The same tensors at every step, with fresh draws."""
-        draws = tuple(da.Draw(0, step, f"{micro_step}/{i}") for i in range(self.batch_size))
-        conditioning = da.Conditioning({"hidden": self.hidden})
-        return da.PairBatch(conditioning, self.chosen, self.rejected, torch.ones(self.batch_size), draws)
-
-    def update(self, step: int) -> None:
-        """Nothing to do."""
-
-
-class Stopwatch:
-    """Sums the time of a function's calls, waiting for the accelerator before and after."""
-
-    def __init__(self, owner: Any, name: str, device: torch.device) -> None:
-        self.seconds: list[float] = []
-        self.function, self.device = getattr(owner, name), device
-        setattr(owner, name, self)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Calls the function and notes how long it took."""
-        synchronise(self.device)
-        started = time.perf_counter()
-        result = self.function(*arguments)
-        synchronise(self.device)
-        self.seconds.append(time.perf_counter() - started)
-        return result
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits until the accelerator has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def build_policy(tiny: bool, lora: bool, dtype: torch.dtype, device: torch.device) -> StableDiffusionPolicy:
@@ -104,39 +58,17 @@ def measure(mode: str, options: argparse.Namespace, device: torch.device) -> dic
     """Runs `fit` for a few steps and reads the clock."""
     dtype = torch.float32 if options.mixed_precision == "no" else torch.bfloat16
     policy = build_policy(options.tiny, mode == "lora", dtype, device)
-    trainer = da.trainers.DiffusionDPO(policy, beta=2000.0)
     width, tokens = (32, 20) if options.tiny else (768, 77)
-    reference = Stopwatch(trainer.reference, "predict", device)
-    forward = Stopwatch(policy, "predict", device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
-        config = da.TrainingConfig(
-            output_dir=folder,
-            max_train_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            mixed_precision=options.mixed_precision,
-            checkpointing_steps=options.steps,
-        )
-        da.fit(trainer, RandomPairs(policy, options.batch_size, tokens, width), config)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    counted = slice(options.warmup, None)
-    step = statistics.median([row["train/seconds"] for row in rows][counted])
-    split = {
-        "reference_forward": statistics.median(reference.seconds[counted]),
-        "policy_forward": statistics.median(forward.seconds[counted]),
-    }
-    split["backward_clip_optimizer"] = step - sum(split.values())
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return {
-        "mode": mode,
-        "parameters": sum(p.numel() for p in policy.denoiser.parameters()),
-        "trained_parameters": sum(p.numel() for p in policy.trainable_parameters()),
-        "pairs_per_second": options.batch_size / step,
-        "seconds_per_step": step,
-        "split_seconds": split,
-        "peak_memory_gib": memory,
-    }
+    hidden = torch.randn((1, tokens, width), generator=da.generator("benchmark", "text"))
+    found = steps.measure(
+        policy,
+        {"hidden": hidden},
+        steps=options.steps,
+        warmup=options.warmup,
+        batch_size=options.batch_size,
+        mixed_precision=options.mixed_precision,
+    )
+    return {"mode": mode, **found}
 
 
 def main() -> None:

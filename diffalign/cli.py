@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from diffalign import __version__
+from diffalign.processes import is_first, leave
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 
@@ -33,7 +34,7 @@ class _UserErrors(click.Group):
             if type(error) is RuntimeError or isinstance(error, UnicodeError):
                 raise  # not ours: a bug's traceback must not be hidden
             for line in str(error).splitlines() or [type(error).__name__]:
-                click.echo(f"error: {line}", err=True)
+                click.echo(f"error: {_process()}{line}", err=True)
             ctx.exit(2)
 
 
@@ -41,7 +42,10 @@ class _UserErrors(click.Group):
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks of user errors.")
 def cli(debug: bool) -> None:
-    """Preference alignment for text-to-image and text-to-video diffusion and flow models."""
+    """Preference alignment for text-to-image and text-to-video diffusion and flow models.
+
+    pairs, sample, score, train and evaluate share their work among processes: `accelerate launch -m diffalign ...`
+    """
 
 
 @cli.command()
@@ -62,17 +66,34 @@ def demo(output: str, seeds: str, quick: bool) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--prompts", required=True, help="Text or JSONL file, or diffalign://shapes/held_out.")
-@click.option("--output", required=True, help="Folder for images/ and index.jsonl.")
+@click.option("--output", required=True, help="Folder for images/ or videos/, and index.jsonl.")
 @click.option("--adapter", default=None, help="Trained weights: a run's output folder.")
 @click.option("--limit", type=int, default=None, help="Take only so many prompts.")
 @click.option("--num-images-per-prompt", type=int, default=1, show_default=True)
 @click.option("--guidance-scale", type=float, default=None, help="Default: what the model's family is sampled with.")
 @click.option("--num-inference-steps", type=int, default=None, help="Likewise.")
-@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--height", type=click.IntRange(min=1), default=None, help="In pixels, with --width; likewise.")
+@click.option("--width", type=click.IntRange(min=1), default=None)
+@click.option("--num-frames", type=click.IntRange(min=1), default=None, help="Of a video; likewise.")
+@click.option("--fps", type=float, default=None, help="Frames per second of the video files; likewise.")
+@click.option("--batch-size", type=int, default=None, help="Default: 8 images or 1 video.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def sample(model: str, prompts: str, output: str, adapter: str | None, limit: int | None, **sampling: Any) -> None:
-    """Sample images from MODEL (folder, Hub id or diffalign://shapes). Goes on where it was stopped."""
-    click.echo(_commands().sample(model, prompts, output, adapter, limit, sampling))
+def sample(
+    model: str,
+    prompts: str,
+    output: str,
+    adapter: str | None,
+    limit: int | None,
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+    **sampling: Any,
+) -> None:
+    """Sample images or videos from MODEL (folder, Hub id or diffalign://shapes). Goes on where it was stopped."""
+    if (height is None) != (width is None):
+        raise ValueError("--height and --width go together; give both or neither")
+    size = (height, width) if height is not None and width is not None else None
+    _print(_commands().sample(model, prompts, output, adapter, limit, sampling, size, num_frames))
 
 
 @cli.command()
@@ -80,7 +101,7 @@ def sample(model: str, prompts: str, output: str, adapter: str | None, limit: in
 @OVERRIDES
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """Make preference pairs with the model of CONFIG: sample, score, keep best against worst."""
-    click.echo(_commands().pairs(config, overrides))
+    _print(_commands().pairs(config, overrides))
 
 
 @cli.command()
@@ -90,7 +111,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--batch-size", type=int, default=32, show_default=True)
 def score(index: str, models: tuple[str, ...], output: str | None, batch_size: int) -> None:
     """Score the images of INDEX (a JSONL with id, prompt, image). Goes on where it was stopped."""
-    click.echo(_commands().score(index, models, output, batch_size))
+    _print(_commands().score(index, models, output, batch_size))
 
 
 @cli.command()
@@ -102,7 +123,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     With several processes: accelerate launch --config_file configs/accelerate/ddp.yaml -m diffalign train CONFIG
     """
-    click.echo(_commands().train(config, overrides, dry_run))
+    _print(_commands().train(config, overrides, dry_run))
 
 
 @cli.command()
@@ -110,7 +131,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 @OVERRIDES
 def evaluate(config: str, overrides: tuple[str, ...]) -> None:
     """Compare base and aligned model at equal seeds and equal guidance."""
-    click.echo(_commands().evaluate(config, overrides))
+    _print(_commands().evaluate(config, overrides))
 
 
 @cli.command()
@@ -171,6 +192,19 @@ def doctor(output: str) -> None:
     click.echo(_commands().doctor(output))
 
 
+def _print(result: str) -> None:
+    """Prints what a command returned; of several processes the first one does, when all are done."""
+    if is_first():
+        click.echo(result)
+    leave()
+
+
+def _process() -> str:
+    """Which of several processes speaks."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return "" if count == "1" else f"process {int(os.environ.get('RANK', '0')) + 1} of {count}: "
+
+
 def _commands() -> ModuleType:
     """The heavy half, with the libraries' own bars and hints switched off."""
     from diffusers.utils import logging as diffusers_logging
@@ -198,9 +232,9 @@ def _quiet() -> None:
     logger = logging.getLogger("diffalign")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        handler.setFormatter(logging.Formatter(f"%(levelname)s: {'' if is_first() else _process()}%(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_first() else logging.WARNING)
 
 
 if __name__ == "__main__":

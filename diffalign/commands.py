@@ -6,30 +6,32 @@ data columns, checkpoints of another configuration.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
-from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign import checkpoints
 from diffalign.backbones import LoRA, ModelSource, inspect_model, load_policy
-from diffalign.batches import PairBatch
+from diffalign.backbones.loading import LORA_FILE, check_gradient_checkpointing, check_options, policy_class
+from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder, write_text
 from diffalign.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config, trainer_settings
-from diffalign.data import DataConfig, EncodedPairs, PairSource, check_source, encode_pairs, load_pairs
-from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts, to_png, weights_fingerprint
+from diffalign.data import DataConfig, PairSource, check_media, check_source, encode_pairs, load_pairs
+from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts, weights_fingerprint
 from diffalign.loop import fit, make_accelerator
+from diffalign.media_checks import check_draws_images, check_media_settings, check_scorers
 from diffalign.mining import mine_pairs
 from diffalign.policy import Policy
+from diffalign.processes import launched
 from diffalign.quantization import check_quantization
-from diffalign.randomness import Draw
-from diffalign.sharding import is_sharded
+from diffalign.validating import Validation, judge_side
 
 logger = logging.getLogger("diffalign")
 
@@ -39,9 +41,10 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 def pick_device() -> str:
-    """The accelerator that is there, or the CPU."""
+    """The accelerator that is there, or the CPU; the processes of a machine take its GPUs in turn."""
     if torch.cuda.is_available():
-        return "cuda"
+        local = os.environ.get("LOCAL_RANK")
+        return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -51,11 +54,12 @@ def picture_size(config: RunConfig) -> tuple[int, int] | None:
     Raises:
         ConfigError: If they contradict each other.
     """
-    wanted, data = config.model.resolution, config.data.resolution if config.data is not None else None
+    wanted, data = config.model.resolution, config.data.size if config.data is not None else None
     size = (wanted, wanted) if isinstance(wanted, int) else wanted
-    if data is not None and size is not None and size != (data, data):
-        raise ConfigError(f"model.resolution is {wanted} and data.resolution is {data}; leave out data.resolution")
-    return size if size is not None or data is None else (data, data)
+    if config.data is not None and data is not None and size is not None and size != data:
+        found = f"model.resolution is {wanted} and data.resolution is {config.data.resolution}"
+        raise ConfigError(f"{found}; leave out data.resolution")
+    return size or data
 
 
 def load_model(
@@ -64,6 +68,7 @@ def load_model(
     *,
     train: bool = False,
     adapter: str | None = None,
+    start: str | None = None,
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -75,6 +80,7 @@ def load_model(
         source: The model it names, looked at already.
         train: Whether to train it: with the adapters of `model.lora`, or whole.
         adapter: Trained weights to put on top.
+        start: Trained weights that policy and reference both start from.
         size: Height and width in pixels; None takes the model's own.
         dtype: Of the denoiser's frozen weights; None means float32.
         device: None picks the accelerator that is there, or the CPU.
@@ -84,12 +90,14 @@ def load_model(
         lora=LoRA(**model.lora.model_dump()) if train and model.lora is not None else None,
         train=train,
         adapter=adapter,
+        start=start,
         dtype=dtype,
         device=device or pick_device(),
         attention=model.attention,
         size=size,
         num_frames=model.num_frames,
         quantization=model.quantization,
+        options=model.options,
     )
     if model.vae_slicing or model.vae_tiling:
         policy.divide_vae(slicing=model.vae_slicing, tiling=model.vae_tiling)
@@ -97,27 +105,49 @@ def load_model(
 
 
 def sample(
-    model: str, prompts: str, output: str, adapter: str | None, limit: int | None, sampling: Mapping[str, Any]
+    model: str,
+    prompts: str,
+    output: str,
+    adapter: str | None,
+    limit: int | None,
+    sampling: Mapping[str, Any],
+    size: tuple[int, int] | None = None,
+    num_frames: int | None = None,
 ) -> str:
     """Body of `diffalign sample`."""
     settings = SamplingConfig(**sampling)
     source = inspect_model(model)
+    kind = policy_class(source)
+    kind.check_sampling(source)
+    check_media_settings(source, num_frames=num_frames, sampling=settings)
     rows = read_prompts(prompts, limit, settings.seed)
-    policy = load_model(ModelConfig(pretrained_model_name_or_path=model), source, adapter=adapter)
-    index = generate(
-        policy, make_requests(rows, settings), output, settings, settings={"model": model, "adapter": adapter}
-    )
-    return f"images and index: {index}"
+    requests, processes = make_requests(rows, settings, is_video=kind.is_video), launched()
+    section = ModelConfig(pretrained_model_name_or_path=model, num_frames=num_frames)
+    policy = load_model(section, source, adapter=adapter, size=size)
+    made_from = {"model": model, "adapter": adapter}
+    index = generate(policy, requests, output, settings, settings=made_from, processes=processes)
+    return f"{'videos' if kind.is_video else 'images'} and index: {index}"
 
 
 def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     """Body of `diffalign pairs`."""
-    from diffalign.reward_models import load_reward_model
+    from diffalign.reward_models import load_reward_model, reward_model_info
 
     config = load_config(config_path, overrides)
     if config.pairs is None:
         raise ConfigError(f"{config_path} has no section 'pairs'; see configs/demo.yaml for one")
     source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
+    check_options(source, config.model.options)
+    policy_class(source).check_sampling(source)
+    check_media_settings(
+        source,
+        num_frames=config.model.num_frames,
+        options=config.model.options,
+        data=config.data,
+        sampling=config.sampling,
+    )
+    check_scorers(source, [reward_model_info(config.pairs.reward_model)])
+    processes = launched()
     reward_model = load_reward_model(
         config.pairs.reward_model, **{"device": pick_device(), **config.pairs.reward_options}
     )
@@ -126,7 +156,7 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     model = {"model": config.model.pretrained_model_name_or_path, "adapter": config.model.adapter}
     seed = config.seed if config.pairs.seed is None else config.pairs.seed
     settings = config.pairs.model_copy(update={"seed": seed})
-    summary = mine_pairs(policy, reward_model, settings, config.sampling, out, settings=model)
+    summary = mine_pairs(policy, reward_model, settings, config.sampling, out, settings=model, processes=processes)
     facts = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
                       for k, v in summary.items() if isinstance(v, int | float))  # fmt: skip
     return f"{facts}\npairs: {out / 'index.jsonl'}"
@@ -140,8 +170,9 @@ def score(index: str, models: Sequence[str], output: str | None, batch_size: int
     if not Path(index).is_file():
         raise ValueError(f"index {index!r} does not exist; expected a JSONL file with the fields id, prompt, image")
     out = Path(output) if output else Path(index).with_name("scores.jsonl")
+    processes = launched()
     loaded = [load_reward_model(name, device=pick_device()) for name in models]
-    return f"{score_index(index, loaded, out, batch_size)}\nscores: {out}"
+    return f"{score_index(index, loaded, out, batch_size, processes=processes)}\nscores: {out}"
 
 
 def report(run_dir: str, output: str | None) -> str:
@@ -179,7 +210,7 @@ def data_config(config: RunConfig) -> DataConfig:
     folder = pairs_folder(config)
     if not (folder / "index.jsonl").is_file():
         raise ConfigError(f"{folder} holds no pairs yet; run `diffalign pairs` with this config first")
-    return DataConfig(train_data_dir=folder)
+    return DataConfig(train_data_dir=folder, fps=config.sampling.fps)
 
 
 def train(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False) -> str:
@@ -212,8 +243,10 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
     _check_resume(training, whole)
     accelerator = make_accelerator(training)
     pair_set = load_pairs(data)
+    check_media(pair_set, policy_class(source))
     policy = _training_policy(config, source, accelerator.device)
-    encoded = encode_pairs(pair_set, policy, data, Path(data.encoded_dir or Path(config.output_dir) / "cache"))
+    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
+    encoded = encode_pairs(pair_set, policy, data, cache, processes=launched())
     policy.free_encoders()
     train_view, validation_view = encoded, None
     if training.num_validation_pairs:
@@ -225,7 +258,16 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
         write_text(Path(config.output_dir) / "config.yaml", dump_config(config))
         write_text(
             Path(config.output_dir) / "run.json",
-            json.dumps({"method": trainer.describe(), "kappa": trainer.kappa, "pairs": len(train_view)}, indent=2),
+            json.dumps(
+                {
+                    "method": trainer.describe(),
+                    "kappa": trainer.kappa,
+                    "pairs": len(train_view),
+                    "cache": encoded.fingerprint,
+                    "started_from": config.model.adapter,
+                },
+                indent=2,
+            ),
         )
     pair_source = PairSource(
         train_view,
@@ -236,24 +278,36 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
         process_index=accelerator.process_index,
         caption_dropout=settings.caption_dropout,
     )
-    validate = _Validation(trainer, config, validation_view, accelerator.device, accelerator.is_main_process)
-    folder = fit(trainer, pair_source, training, settings=whole, accelerator=accelerator, validate=validate)
-    accelerator.end_training()
-    return folder
+    validate = Validation(trainer, config, validation_view, accelerator.device, accelerator.is_main_process)
+    # Without `end_training`, so that `evaluate` can follow in the same processes; the command line ends their talk.
+    return fit(trainer, pair_source, training, settings=whole, accelerator=accelerator, validate=validate)
 
 
 def _checked(config: RunConfig) -> ModelSource:
     """The model of a training run, if method, model and settings fit together; loads no weights."""
     trainer_class, _ = trainer_settings(config)
     model = config.model
+    source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
+    check_options(source, model.options)
+    lora = LoRA(**model.lora.model_dump()) if model.lora is not None else None
     if model.adapter is not None:
-        raise ConfigError("model.adapter with `train`: training on top of a trained adapter is not supported yet")
+        lora = check_start(source, Path(model.adapter), lora)
+    if model.gradient_checkpointing:
+        check_gradient_checkpointing(source)
+    if config.training.validation_steps and config.training.validation_prompts:
+        policy_class(source).check_sampling(source)
     if model.quantization is not None:
-        if model.lora is None:
+        if lora is None:
             raise ConfigError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
         check_quantization(model.quantization, pick_device())
     picture_size(config)
-    source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
+    check_media_settings(
+        source, num_frames=model.num_frames, options=model.options, data=config.data, sampling=config.sampling
+    )
+    if config.training.validation_prompts and config.training.reward_model is not None:
+        from diffalign.reward_models import reward_model_info
+
+        check_scorers(source, [reward_model_info(config.training.reward_model)])
     trainer_class.check_prediction(source.prediction)
     return source
 
@@ -264,6 +318,7 @@ def _training_policy(config: RunConfig, source: ModelSource, device: torch.devic
         model,
         source,
         train=True,
+        start=model.adapter,
         size=picture_size(config),
         dtype=WEIGHT_DTYPES[config.training.mixed_precision],
         device=device,
@@ -290,69 +345,6 @@ def _check_resume(training: Any, whole: Mapping[str, Any]) -> None:
         )
 
 
-class _Validation:
-    """Validation of a run: implicit accuracy on fixed triples, pictures and their scores."""
-
-    def __init__(
-        self, trainer: Any, config: RunConfig, view: EncodedPairs | None, device: torch.device, main: bool
-    ) -> None:
-        self.trainer, self.config, self.device, self.main = trainer, config, device, main
-        self.policy: Policy = trainer.policy
-        self.batches: list[PairBatch] = []
-        if view is not None and len(view):
-            source = PairSource(view, seed=config.seed, batch_size=1, prefetch=False)
-            size = config.training.per_device_train_batch_size
-            for batch in source.fixed_batches(len(view), size):
-                for k in range(config.training.validation_draws):
-                    draws = tuple(Draw(d.seed, d.epoch - k, d.pair_id) for d in batch.draws)
-                    self.batches.append(dataclasses.replace(batch, draws=draws))
-        self.scorer: Any = None
-
-    def __call__(self, step: int) -> dict[str, float]:
-        values = self._triples()
-        # A sharded denoiser draws with all processes or not at all.
-        if self.config.training.validation_prompts and (self.main or is_sharded(self.policy.denoiser)):
-            values |= self._pictures(step)
-        return values
-
-    @torch.no_grad()
-    def _triples(self) -> dict[str, float]:
-        """Means over the fixed (pair, timestep, noise) triples, the same ones at every call."""
-        sums: dict[str, float] = {}
-        count = sum(len(b) for b in self.batches)
-        for batch in self.batches:
-            metrics = self.trainer.loss(batch.to(self.device)).metrics
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(batch) / count
-        if "z_square" in sums:
-            sums["z_std"] = max(sums.pop("z_square") - sums["z_mean"] ** 2, 0.0) ** 0.5
-        return sums
-
-    def _pictures(self, step: int) -> dict[str, float]:
-        training, sampling = self.config.training, self.config.sampling
-        prompts = list(training.validation_prompts)
-        images = self.policy.sample(
-            prompts,
-            list(range(len(prompts))),
-            guidance_scale=sampling.guidance_scale,
-            num_inference_steps=sampling.num_inference_steps,
-        )
-        self.policy.free_encoders()
-        if not self.main:
-            return {}
-        folder = Path(self.config.output_dir) / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        row = torch.cat(list(images), dim=2)  # side by side
-        (folder / f"step-{step:06d}.png").write_bytes(to_png(row))
-        if training.reward_model is None:
-            return {}
-        if self.scorer is None:
-            from diffalign.reward_models import load_reward_model
-
-            self.scorer = load_reward_model(training.reward_model)
-        return {f"score/{training.reward_model}": float(self.scorer(images, prompts).mean())}
-
-
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 
@@ -369,25 +361,30 @@ def evaluate_config(config: RunConfig) -> Any:
     """Draws, scores and judges base and aligned pictures, and compares them; returns the `Comparison`."""
     from diffalign.eval import compare_folder, write_json
     from diffalign.reward_models import load_reward_model
+    from diffalign.reward_models.scoring import score_index
 
     evaluation = config.evaluation
     run = Path(config.output_dir)
-    adapter = config.model.adapter or str(run)
     source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
+    check_options(source, config.model.options)
+    policy_class(source).check_sampling(source)
+    check_draws_images(source, "evaluate")
+    processes = launched()
     seed = EVALUATION_SEED + config.seed if evaluation.seed is None else evaluation.seed
     rows = read_prompts(evaluation.prompts, evaluation.num_prompts, seed)
     sampling = config.sampling.model_copy(update={"seed": seed, "num_images_per_prompt": 1})
     requests = make_requests(rows, sampling)
     models = [load_reward_model(name, device=pick_device()) for name in evaluation.reward_models]
     folder = run / "evaluation"
-    policy = load_model(config.model, source, adapter=adapter, size=picture_size(config))
+    compared = trained_weights(config, source)
+    policy = load_model(config.model, source, **compared, size=picture_size(config))
     sampling = sampling.resolved(policy)
     settings: dict[str, Any] = {"n_expected": len(requests)}
     for side, reference in (("base", True), ("aligned", False)):
-        weights = weights_fingerprint(policy, reference=reference)
+        weights = processes.on_first(partial(weights_fingerprint, policy, reference=reference))
         model = {
             "path": config.model.pretrained_model_name_or_path,
-            "adapter": None if reference else "adapter of this run",
+            "adapter": compared.get("start") if reference else "adapter of this run",
             "weights": weights,
         }
         logger.info("%s model: %d pictures", side, len(requests))
@@ -398,8 +395,13 @@ def evaluate_config(config: RunConfig) -> Any:
             sampling,
             reference=reference,
             settings={"model": model["path"], "adapter": model["adapter"], "weights": weights},
+            processes=processes,
         )
-        _score_side(index, models, evaluation.benchmark, folder / f"{side}.jsonl")
+        scores = index.with_name("scores.jsonl")
+        summary = score_index(index, models, scores, processes=processes)
+        if summary.failures and processes.is_first:
+            logger.warning("%s", summary)
+        processes.on_first(partial(judge_side, index, scores, evaluation.benchmark, folder / f"{side}.jsonl"))
         settings[side] = {
             "model": model,
             "sampling": {
@@ -408,41 +410,29 @@ def evaluate_config(config: RunConfig) -> Any:
                 "prompts": evaluation.prompts,
             },
         }
-    write_json(folder / "settings.json", settings)
-    comparison = compare_folder(folder)
-    write_json(folder / "comparison.json", comparison.to_dict(pick_device()))
-    return comparison
+
+    def conclude() -> Any:
+        write_json(folder / "settings.json", settings)
+        comparison = compare_folder(folder)
+        write_json(folder / "comparison.json", comparison.to_dict(torch.device(pick_device()).type))
+        return comparison
+
+    return processes.on_first(conclude)
 
 
-def _score_side(index: Path, models: Sequence[Any], benchmark: str | None, out: Path) -> None:
-    """Scores and verdicts of one side's pictures, as results rows beside their folder."""
-    from diffalign import plugins
-    from diffalign.eval import Case, Row, read_jsonl, write_rows
-    from diffalign.reward_models.media import to_rgb
-    from diffalign.reward_models.scoring import score_index
+def trained_weights(config: RunConfig, source: ModelSource) -> dict[str, str]:
+    """What `evaluate` compares, as arguments of `load_model`.
 
-    scores_path = index.with_name("scores.jsonl")
-    summary = score_index(index, models, scores_path)
-    if summary.failures:
-        logger.warning("%s", summary)
-    scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)}
-    judge = plugins.find("eval", benchmark)() if benchmark else None
-    rows = []
-    for item in read_jsonl(index):
-        row = Row(
-            id=item["id"],
-            prompt=item["prompt"],
-            seed=item["seed"],
-            task=item.get("task"),
-            image=f"{index.parent.name}/{item['image']}",
-            scores=scores[item["id"]],
-        )
-        if judge is not None:
-            picture = pil_to_tensor(to_rgb(index.parent / item["image"])).float() / 255
-            verdict = judge.score(picture[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
-            row = dataclasses.replace(row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence)
-        rows.append(row)
-    write_rows(out, rows)
+    The run's own weights against what they started from: the base model, or `model.adapter`. Where the run has trained
+    nothing, `model.adapter` against the base model.
+    """
+    kind, run, adapter = policy_class(source), Path(config.output_dir), config.model.adapter
+    files = (LORA_FILE, *(f"{part}/*.safetensors" for part in (kind.part, *kind.more_parts)))
+    if adapter is None:
+        return {"adapter": str(run)}
+    if not any(any(run.glob(name)) for name in files):
+        return {"adapter": adapter}
+    return {"start": adapter, "adapter": str(run)}
 
 
 def read_config_yaml(run_dir: str | Path) -> dict[str, Any]:

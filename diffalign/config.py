@@ -7,7 +7,6 @@ diffusers, accelerate, peft and TRL already type, with the same meaning.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -18,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from diffalign.data import DataConfig
 from diffalign.generation import SamplingConfig
 from diffalign.mining import PairsConfig
+from diffalign.validation import explain, unknown_key
 
 
 class ConfigError(ValueError):
@@ -54,12 +54,14 @@ class ModelConfig(_Strict):
         revision: Branch, tag or commit on the Hub.
         variant: Weight file variant on the Hub, such as "fp16".
         lora: Adapters to train; leave out for full fine-tuning.
-        adapter: Trained weights to start from or to evaluate, as a run's output folder holds them.
+        adapter: Trained weights that `train` goes on from, and the reference with it, or that `pairs` and `evaluate`
+            use, as a run's output folder holds them. If it is a LoRA, that one is trained further; leave out `lora`.
         attention: "native", "xformers", or a diffusers attention backend.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         resolution: Side in pixels of what is encoded and drawn, or [height, width]; None takes `data.resolution`, and
             without that the model's own.
         num_frames: Frames of a video; None takes the model's own.
+        options: What the model's family can be told, such as `embedded_guidance` of FLUX; see docs/model_options.md.
         quantization: "nf4" (bitsandbytes) or "int8" (torchao) weights of the denoiser under the adapters, QLoRA.
         torch_compile: Compile the denoiser; worth its minutes in long runs on a GPU.
         torch_compile_backend: Backend of `torch.compile`.
@@ -77,6 +79,7 @@ class ModelConfig(_Strict):
     gradient_checkpointing: bool = False
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     num_frames: int | None = Field(default=None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
     quantization: Literal["nf4", "int8"] | None = None
     torch_compile: bool = False
     torch_compile_backend: str = "inductor"
@@ -263,9 +266,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"unknown config key {where!r}{hint} (available: {', '.join(sorted(known))})"
+        return unknown_key(where, path[-1], known)
     if error["type"] == "missing":
         return f"config key {where!r} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -307,18 +308,7 @@ def trainer_settings(config: RunConfig) -> tuple[type[Any], Any]:
     try:
         return trainer, trainer.Config(**settings)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                known = list(trainer.Config.model_fields)
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                lines.append(f"unknown config key 'trainer.{key}'{hint} (available: {', '.join(sorted(known))})")
-            else:
-                message = str(problem["msg"]).removeprefix("Value error, ")
-                lines.append(f"config key 'trainer{'.' + key if key else ''}': {message}")
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError(explain(error, "trainer", trainer.Config.model_fields)) from error
 
 
 def dump_config(config: BaseModel) -> str:

@@ -31,9 +31,11 @@ PACKAGES = (
 
 FEATURES = (
     ("CLIP, PickScore and HPS scorers", "open-clip-torch", "pip install open-clip-torch"),
+    ("video files", "av", "pip install 'diffalign[video]'"),
     ("TensorBoard logs", "tensorboard", "pip install 'diffalign[tensorboard]'"),
     ("Weights & Biases logs", "wandb", "pip install 'diffalign[wandb]'"),
-    ("optimizer adamw_8bit", "bitsandbytes", "pip install bitsandbytes"),
+    ("optimizer adamw_8bit, quantization nf4", "bitsandbytes", "pip install 'diffalign[quantization]'"),
+    ("quantization int8", "torchao", "pip install 'diffalign[quantization]'"),
 )
 """Feature, distribution, and the command that installs it."""
 

@@ -18,8 +18,9 @@ import transformers
 from torch import Tensor, nn
 
 from diffalign.backbones import LoRA, ModelSource
-from diffalign.backbones.base import halve
 from diffalign.backbones.loading import policy_class, read_part
+from diffalign.backbones.precision import halve
+from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import ConfigError, RunConfig, TrainingConfig
 from diffalign.data import load_pairs
@@ -100,8 +101,10 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
     parts = _denoisers(kind, source)
     parameters = sum(_count(part) for part in parts)
     trained: list[Tensor]
-    if model.lora is not None:
-        lora = LoRA(**model.lora.model_dump())
+    lora = LoRA(**model.lora.model_dump()) if model.lora is not None else None
+    if model.adapter is not None:
+        lora = check_start(source, Path(model.adapter), lora)
+    if lora is not None:
         for part in parts:
             kind.add_adapter_to(part, lora)
         trained = [p for part in parts for name, p in part.named_parameters() if "lora_" in name]
@@ -109,14 +112,15 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
         trained = [p for part in parts for p in part.parameters()]
     numbers = sum(p.numel() for p in trained)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    memory = _weights(config, parts, trained) | {
+    memory = _weights(config, parts, trained, lora is not None) | {
+        "adapters of the reference": 4 * numbers * (lora is not None and model.adapter is not None),
         "gradients": 4 * numbers,
         f"optimizer ({training.optimizer})": _optimizer(training, trained),
         "moving average": 4 * numbers * training.use_ema,
         "rounded copies for autocast": 0 if training.mixed_precision == "no" else _rounded(parts, trained),
     }
     per_pair = FORWARDS["policy"]
-    forwards = {**FORWARDS, "backward": per_pair if model.lora is not None else 2 * per_pair}
+    forwards = {**FORWARDS, "backward": per_pair if lora is not None else 2 * per_pair}
     if model.gradient_checkpointing:
         forwards["recomputed activations"] = per_pair
     return Estimate(
@@ -155,10 +159,10 @@ def _encoder(source: ModelSource, part: str) -> nn.Module:
     return module
 
 
-def _weights(config: RunConfig, parts: list[Any], trained: list[Tensor]) -> dict[str, int]:
+def _weights(config: RunConfig, parts: list[Any], trained: list[Tensor], adapters: bool) -> dict[str, int]:
     """Bytes of denoiser, reference copy and adapters."""
     dtype = DTYPES[config.training.mixed_precision]
-    if config.model.lora is None:
+    if not adapters:
         copies = [copy.deepcopy(part) for part in parts]
         if dtype != torch.float32:
             for part in copies:

@@ -1,4 +1,4 @@
-"""Images from prompts, into a folder, in a way that survives being killed: the body of `diffalign sample`.
+"""Images or videos from prompts, into a folder, in a way that survives being killed: the body of `diffalign sample`.
 
 Nothing here imports torch: the configuration is read, and a wrong one refused, before anything heavy loads.
 """
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
 
+from diffalign.processes import ALONE, Processes
 from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
 from diffalign.shapes import scenes
+from diffalign.videos import require_av, to_mp4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,8 @@ _log = logging.getLogger("diffalign")
 SHAPES_SOURCE = "diffalign://shapes/"
 INDEX_FILE = "index.jsonl"
 IMAGE_FOLDER = "images"
-_OWN_FIELDS = ("id", "prompt", "seed", "image")
+VIDEO_FOLDER = "videos"
+_OWN_FIELDS = ("id", "prompt", "seed", "image", "video")
 
 
 class NonFiniteImageError(ValueError):
@@ -42,15 +44,16 @@ class NonFiniteImageError(ValueError):
 
 
 class SamplingConfig(BaseModel):
-    """How images are drawn.
+    """How images or videos are drawn.
 
     Attributes:
         guidance_scale: Weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) in the convention of
             diffusers: 1 switches it off. None is what the model's family is usually sampled with.
         num_inference_steps: Steps of the pipeline's sampler; None likewise.
-        num_images_per_prompt: Images for each prompt, each with its own seed.
-        batch_size: Images per forward pass. It changes the last digits of float32 sums, so it belongs to the settings
-            that a folder is tied to.
+        num_images_per_prompt: Images or videos for each prompt, each with its own seed.
+        batch_size: Images or videos per forward pass; None takes 8 images or 1 video. It changes the last digits of
+            float32 sums, so it belongs to the settings that a folder is tied to.
+        fps: Frames per second of the video files; None takes the family's own.
         seed: Of the run; each image's seed is derived from it, see `image_seed`.
     """
 
@@ -59,12 +62,18 @@ class SamplingConfig(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     num_inference_steps: int | None = Field(default=None, ge=1)
     num_images_per_prompt: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
     seed: int = 0
 
     def resolved(self, policy: Policy) -> SamplingConfig:
         """The same settings with the family's own numbers where none were given."""
-        own = {"guidance_scale": policy.guidance_scale, "num_inference_steps": policy.num_inference_steps}
+        own: dict[str, Any] = {
+            "guidance_scale": policy.guidance_scale,
+            "num_inference_steps": policy.num_inference_steps,
+            "batch_size": 1 if policy.is_video else 8,
+            "fps": policy.frame_rate if policy.is_video else None,
+        }
         return self.model_copy(update={k: v for k, v in own.items() if getattr(self, k) is None})
 
 
@@ -78,28 +87,31 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Request:
-    """One image to draw.
+    """One image or video to draw.
 
     Attributes:
-        id: Unique in its list; letters, digits, `.`, `_` and `-`, since it names the image file.
+        id: Unique in its list; letters, digits, `.`, `_` and `-`, since it names the file.
         prompt: What to draw.
-        seed: Seed of the image's own generator, 0 <= seed < 2**31.
-        extras: Further fields of the image's index row, as JSON values.
+        seed: Seed of its own generator, 0 <= seed < 2**31.
+        extras: Further fields of its index row, as JSON values.
+        is_video: Whether it is a video.
     """
 
     id: str
     prompt: str
     seed: int
     extras: Mapping[str, Any] = field(default_factory=dict)
+    is_video: bool = False
 
     @property
-    def image(self) -> str:
-        """Where the image lies, relative to the output folder."""
-        return f"{IMAGE_FOLDER}/{self.id}.png"
+    def file(self) -> str:
+        """Where it will lie, relative to the output folder."""
+        return f"{VIDEO_FOLDER}/{self.id}.mp4" if self.is_video else f"{IMAGE_FOLDER}/{self.id}.png"
 
     def row(self) -> dict[str, Any]:
-        """The image's row in the index."""
-        return {"id": self.id, "prompt": self.prompt, "seed": self.seed, "image": self.image, **self.extras}
+        """Its row in the index, which names the file as `image` or `video`."""
+        kind = "video" if self.is_video else "image"
+        return {"id": self.id, "prompt": self.prompt, "seed": self.seed, kind: self.file, **self.extras}
 
 
 def generate(
@@ -110,43 +122,53 @@ def generate(
     *,
     reference: bool = False,
     settings: Mapping[str, Any],
+    processes: Processes = ALONE,
 ) -> Path:
-    """Draws all requested images into a folder; a rerun goes on where a killed run was.
+    """Draws all requested images or videos into a folder; a rerun goes on where a killed run was.
 
-    Writes `images/<id>.png`, `index.jsonl` with one row per image in the order of the requests, and `settings.json`
-    with everything the images depend on. Batches are cut from the list of requests alone and a batch that was not
-    finished is drawn again as a whole, so that the folder of an interrupted run is equal, byte for byte, to that of an
-    uninterrupted one. In the middle of a run every row of the index has its image.
+    Writes `images/<id>.png` or `videos/<id>.mp4`, `index.jsonl` with one row for each in the order of the requests, and
+    `settings.json` with everything they depend on. Batches are cut from the list of requests alone and a batch that was
+    not finished is drawn again as a whole, so that the folder of an interrupted run is equal, byte for byte, to that of
+    an uninterrupted one. In the middle of a run every row of the index has its file.
 
     Args:
-        policy: Draws the images.
-        requests: What to draw.
+        policy: Draws.
+        requests: What to draw; all of the kind that the policy draws.
         out_dir: Output folder; new, or of an earlier run with the same requests and settings.
-        sampling: Guidance, steps and batch size; its seed and number of images are used by `make_requests` only.
+        sampling: Guidance, steps, batch size and frame rate; seed and number of images are for `make_requests` only.
         reference: Draw with the frozen reference's weights instead of the policy's.
         settings: What else the images depend on and a reader should find in `settings.json`: path of the model, of
             the adapter. The hash of the weights is added, unless given as `weights`.
+        processes: Who shares the work, each calling this with the same arguments; the folder is the same for any
+            number of them, and a rerun may have another number.
 
     Returns:
         Path of the index.
 
     Raises:
-        ValueError: If requests are empty, or share or misspell an id; if the folder holds images of other settings.
+        ValueError: If requests are empty, share or misspell an id, or are of the other kind; if the folder holds images
+            of other settings; if videos are drawn and PyAV is not installed.
         NonFiniteImageError: If the model draws NaN; no file is written for that image.
     """
-    _check(requests)
+    _check(requests, policy)
     sampling = sampling.resolved(policy)
+    assert sampling.batch_size is not None
     out_dir = Path(out_dir)
-    _warn_of_long_prompts(policy, requests)
-    claim_folder(out_dir, _everything(policy, requests, sampling, reference, settings), (INDEX_FILE, IMAGE_FOLDER))
-    (out_dir / IMAGE_FOLDER).mkdir(exist_ok=True)
+    kind, folder = ("video", VIDEO_FOLDER) if policy.is_video else ("image", IMAGE_FOLDER)
+
+    def claim() -> None:
+        _warn_of_long_prompts(policy, requests)
+        claim_folder(out_dir, _everything(policy, requests, sampling, reference, settings), (INDEX_FILE, folder))
+        (out_dir / folder).mkdir(exist_ok=True)
+
+    processes.on_first(claim)
     lines = {request.id: to_line(request.row()) for request in requests}
 
     def is_current(row: Row) -> bool:
-        return to_line(row) == lines[row["id"]] and (out_dir / row["image"]).is_file()
+        return to_line(row) == lines[row["id"]] and (out_dir / row[kind]).is_file()
 
-    log = RowLog(out_dir / INDEX_FILE, list(lines), sampling.batch_size, is_current)
-    with tqdm(total=len(requests), initial=log.done, desc="sampling", unit="image", dynamic_ncols=True) as progress:
+    log = RowLog(out_dir / INDEX_FILE, list(lines), sampling.batch_size, is_current, processes)
+    with log.progress("sampling", kind) as progress:
         for chunk in log.todo:
             batch = requests[chunk.start : chunk.stop]
             images = policy.sample(
@@ -157,14 +179,16 @@ def generate(
                 reference=reference,
             )
             for request, image in zip(batch, images, strict=True):
-                write_atomically(out_dir / request.image, to_png(_finite(image, request)))
+                drawn = _finite(image, request)
+                content = to_mp4(drawn, cast(float, sampling.fps)) if request.is_video else to_png(drawn)
+                write_atomically(out_dir / request.file, content)
             log.append([request.row() for request in batch])
             progress.update(len(batch))
     log.finish()
     return log.path
 
 
-def make_requests(prompts: Sequence[PromptRow], sampling: SamplingConfig) -> list[Request]:
+def make_requests(prompts: Sequence[PromptRow], sampling: SamplingConfig, *, is_video: bool = False) -> list[Request]:
     """`num_images_per_prompt` requests for each prompt, prompt by prompt.
 
     Ids are `<number of the prompt>-<number of the sample>`. A prompt that stands twice in the list goes on counting
@@ -177,7 +201,7 @@ def make_requests(prompts: Sequence[PromptRow], sampling: SamplingConfig) -> lis
             drawn = seen.get(row.prompt, 0)
             seen[row.prompt] = drawn + 1
             seed = image_seed(sampling.seed, row.prompt, drawn)
-            requests.append(Request(f"{number:05d}-{sample:02d}", row.prompt, seed, row.extras))
+            requests.append(Request(f"{number:05d}-{sample:02d}", row.prompt, seed, row.extras, is_video))
     return requests
 
 
@@ -203,8 +227,8 @@ def weights_fingerprint(policy: Policy, *, reference: bool = False) -> str:
     """
     digest = hashlib.blake2b(policy.encoder_fingerprint().encode(), digest_size=16)
     for name, tensor in sorted(policy.denoiser.state_dict().items()):
-        if reference and "lora_" in name:
-            continue
+        if reference and "lora_" in name and not name.endswith(".reference.weight"):
+            continue  # the second adapter of a run that went on from one is the reference's own
         plain = name.replace(".base_layer.", ".")  # peft's name for a layer under an adapter
         digest.update(f"{plain if reference else name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
@@ -227,27 +251,35 @@ def _everything(
         "requests": f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}",
         "reference": reference,
         "device": next(policy.denoiser.parameters()).device.type,
+        "pipeline": policy.sampling_settings(float(sampling.guidance_scale or 0)),
         **settings,
     }
+    if policy.is_video:
+        everything |= {"fps": sampling.fps, **policy.sampling_settings(cast(float, sampling.guidance_scale))}
     if "weights" not in everything:
         everything["weights"] = weights_fingerprint(policy, reference=reference)
     return everything
 
 
-def _check(requests: Sequence[Request]) -> None:
+def _check(requests: Sequence[Request], policy: Policy) -> None:
     if not requests:
         raise ValueError("there is nothing to draw: the list of requests is empty; expected at least one prompt")
+    if policy.is_video:
+        require_av()
     seen: set[str] = set()
     for request in requests:
         if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", request.id) is None:
             raise ValueError(f"request id {request.id!r} cannot name a file; use letters, digits, '.', '_' and '-'")
+        if request.is_video != policy.is_video:
+            kinds = ("a video", "images") if request.is_video else ("an image", "videos")
+            raise ValueError(f"request {request.id} asks for {kinds[0]}, and the model draws {kinds[1]}")
         if request.id in seen:
-            raise ValueError(f"request id {request.id!r} occurs twice; every image needs an id of its own")
+            raise ValueError(f"request id {request.id!r} occurs twice; each needs an id of its own")
         if not 0 <= request.seed < 2**31:
             raise ValueError(f"request {request.id}: seed must be in 0..2**31-1, got {request.seed}")
         clash = [name for name in _OWN_FIELDS if name in request.extras]
         if clash:
-            raise ValueError(f"request {request.id}: extra field {clash[0]!r} would hide the image's own; rename it")
+            raise ValueError(f"request {request.id}: extra field {clash[0]!r} would hide its own; rename it")
         seen.add(request.id)
 
 
@@ -266,8 +298,9 @@ def _warn_of_long_prompts(policy: Policy, requests: Sequence[Request]) -> None:
 def _finite(image: Tensor, request: Request) -> Tensor:
     if not bool(image.isfinite().all()):
         raise NonFiniteImageError(
-            f"image {request.id} is not finite (prompt {request.prompt!r}, seed {request.seed}); the weights may have "
-            "diverged, or the dtype may be too narrow: check the adapter, or sample in float32"
+            f"{'video' if request.is_video else 'image'} {request.id} is not finite (prompt {request.prompt!r}, seed "
+            f"{request.seed}); the weights may have diverged, or the dtype may be too narrow: check the adapter, or "
+            "sample in float32"
         )
     return image
 

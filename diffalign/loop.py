@@ -1,4 +1,4 @@
-"""`fit`: the only file that knows accelerate, gradient steps, checkpoints and resuming.
+"""`fit`: the only file that knows gradient steps, checkpoints and resuming; accelerate is set up in `launching.py`.
 
 One optimizer step: the source gives the step's micro-batches, the trainer turns each into a loss, accelerate does
 backward, gradients are clipped, optimizer and schedule step, then trainer and source are told. The source is a pure
@@ -8,42 +8,37 @@ function of the step and every random number of the pair, so a resumed run compu
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import checkpoints, sharding
-from diffalign.backbones.base import under_autocast
+from diffalign.backbones.precision import under_autocast
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
+from diffalign.launching import Terminated, check_wrapped, make_accelerator
 from diffalign.monitor import EarlyWarnings, MetricsFile
 from diffalign.optimizers import make_optimizer
+
+__all__ = ["BatchSource", "NonFiniteLossError", "fit", "make_accelerator", "replay"]
 
 logger = logging.getLogger("diffalign")
 
 Validate = Callable[[int], Mapping[str, float]]
 
-WRAPPERS = ("DistributedDataParallel", "FSDPModule", "DeepSpeedEngine")
-"""What makes several processes one training: at least one of them must be around the denoiser."""
 MAX_SKIPPED_STEPS = 30
 """A gradient scaler halves its scale at every skipped step; after so many the scale is not to blame."""
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
-PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other: one of them may be drawing or scoring validation pictures."""
 
 
 class BatchSource(Protocol):
@@ -60,69 +55,6 @@ class BatchSource(Protocol):
 
 class NonFiniteLossError(RuntimeError):
     """The loss is not a number; the message names the batch and the file to replay it with."""
-
-
-class _Terminated:
-    """Remembers a SIGTERM until the step is finished."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> _Terminated:
-        def note(signum: int, frame: FrameType | None) -> None:
-            self.requested = True
-
-        try:
-            self._previous = signal.signal(signal.SIGTERM, note)
-        except ValueError:  # not in the main thread, where only the caller can listen
-            self._previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run: precision and trackers as configured.
-
-    Raises:
-        ValueError: If the launcher started several processes and accelerate sees but one.
-    """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        log_with=None if config.report_to in (None, "none") else config.report_to,
-        project_dir=config.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not see each other
-    )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ValueError("FSDP1 is not supported; set fsdp_version: 2 as configs/accelerate/fsdp2.yaml does")
-        # Sharding's own mixed precision would round norms too, which autocast leaves alone.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if config.use_ema or config.resume_from_checkpoint:
-            raise ValueError(
-                "DeepSpeed runs have no moving average and cannot be resumed; leave out training.use_ema and "
-                "training.resume_from_checkpoint, or use configs/accelerate/fsdp2.yaml"
-            )
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "gradient_clipping": config.max_grad_norm,
-        }
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ValueError(
-            f"{started} processes were started but {accelerator.num_processes} would train together; "
-            "start them with `python -m torch.distributed.run --nproc_per_node N` or check `accelerate env`"
-        )
-    return accelerator
 
 
 def fit(
@@ -209,7 +141,7 @@ class _Run:
         self._failure: tuple[PairBatch, Any] | None = None
 
     def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
-        """The denoiser as several processes train it, and the optimizer; see `WRAPPERS`."""
+        """The denoiser as several processes train it, and the optimizer."""
         accelerator, denoiser = self.accelerator, self.policy.denoiser
         if sharding.is_sharded(denoiser):  # the caller's own choice; accelerate would put DDP around it
             wrapped, prepared = denoiser, accelerator.prepare(optimizer)
@@ -221,12 +153,7 @@ class _Run:
             if sharding.is_sharded(denoiser) and self.config.mixed_precision != "no":
                 under_autocast(denoiser, AUTOCAST[self.config.mixed_precision])
         self.policy.shard_reference()
-        kinds = {kind.__name__ for kind in type(wrapped).__mro__}
-        if accelerator.num_processes > 1 and not kinds & set(WRAPPERS):
-            raise RuntimeError(
-                f"{accelerator.num_processes} processes were started, but accelerate left the denoiser a plain "
-                f"{type(wrapped).__name__} and each would train for itself; check the accelerate config"
-            )
+        check_wrapped(wrapped, accelerator.num_processes)
         return wrapped, prepared
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -245,7 +172,7 @@ class _Run:
             disable=not accelerator.is_main_process,
         )
         try:
-            with _Terminated() as terminated:
+            with Terminated() as terminated:
                 if self.step == 0 and validate and config.validation_steps:
                     self._log(0, "validation", validate(0))
                 while self.step < config.max_train_steps:

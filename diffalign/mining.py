@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tqdm import tqdm
 
 from diffalign.generation import INDEX_FILE, Request, SamplingConfig, generate, make_requests, read_prompts
+from diffalign.processes import ALONE, Processes
 from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def mine_pairs(
     out_dir: str | Path,
     *,
     settings: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Draws images for each prompt, scores them, and pairs the best with the worst; a rerun goes on where it was.
 
@@ -136,6 +137,7 @@ def mine_pairs(
         sampling: Guidance, steps and batch size; `config` has the number of images and the seed.
         out_dir: Output folder; new, or of an earlier run with the same settings.
         settings: What `settings.json` should say about the model; see `generate`.
+        processes: Who shares the work; see `generate`.
 
     Returns:
         Counts of prompts, images, dropped images (without a valid score), pairs, ties (groups whose scores are equal
@@ -149,26 +151,38 @@ def mine_pairs(
     config = config if config.seed is not None else config.model_copy(update={"seed": 0})
     prompts = read_prompts(config.prompts, config.num_prompts, config.seed or 0, config.task_weights)
     sampling = sampling.model_copy(update={"num_images_per_prompt": config.num_images_per_prompt, "seed": config.seed})
-    requests = make_requests(prompts, sampling)
-    scorer = {
-        "reward_model": config.reward_model,
-        "reward_options": config.reward_options,
-        "score_batch_size": config.score_batch_size,
-        "reward_weights": reward_model.fingerprint(),
-    }
-    claim_folder(out_dir, scorer, (INDEX_FILE, SCORES_FILE, CANDIDATES))
-    origin = config.model_dump(include={"prompts", "num_prompts", "task_weights", "num_images_per_prompt", "seed"})
-    generate(policy, requests, out_dir / CANDIDATES, sampling, settings={**(settings or {}), **origin})
-    rows = score_images(reward_model, requests, out_dir, config.score_batch_size)
+    requests = make_requests(prompts, sampling, is_video=policy.is_video)
 
+    def claim() -> None:
+        scorer = {
+            "reward_model": config.reward_model,
+            "reward_options": config.reward_options,
+            "score_batch_size": config.score_batch_size,
+            "reward_weights": reward_model.fingerprint(),
+        }
+        claim_folder(out_dir, scorer, (INDEX_FILE, SCORES_FILE, CANDIDATES))
+
+    processes.on_first(claim)
+    origin = config.model_dump(include={"prompts", "num_prompts", "task_weights", "num_images_per_prompt", "seed"})
+    made_from = {**(settings or {}), **origin}
+    generate(policy, requests, out_dir / CANDIDATES, sampling, settings=made_from, processes=processes)
+    rows = score_images(reward_model, requests, out_dir, config.score_batch_size, processes)
     sign = 1.0 if reward_model.info.higher_is_better else -1.0
+    return processes.on_first(lambda: _pair_up(config, requests, rows, sign, out_dir))
+
+
+def _pair_up(
+    config: PairsConfig, requests: Sequence[Request], rows: Sequence[Row], sign: float, out_dir: Path
+) -> dict[str, Any]:
+    """Writes the pairs and the summary, which it returns."""
     candidates = [
         None if row["score"] is None else Candidate(request, sign * row["score"])
         for request, row in zip(requests, rows, strict=True)
     ]
     pairs: list[dict[str, Any]] = []
     ties = short = 0
-    for number in range(len(prompts)):
+    prompts = len(requests) // config.num_images_per_prompt
+    for number in range(prompts):
         start = number * config.num_images_per_prompt
         group = [c for c in candidates[start : start + config.num_images_per_prompt] if c is not None]
         found = choose_pairs(group, config.pairs_per_prompt, config.min_margin)
@@ -177,7 +191,7 @@ def mine_pairs(
         pairs += [_pair_row(f"{number:05d}-{k}", *pair, sign) for k, pair in enumerate(found)]
     dropped = [{"id": row["id"], "error": row["error"]} for row in rows if row["score"] is None]
     summary = {
-        "prompts": len(prompts),
+        "prompts": prompts,
         "images": len(requests),
         "dropped": len(dropped),
         "pairs": len(pairs),
@@ -203,7 +217,9 @@ def choose_pairs(
     return [(a, b) for a, b in pairs if a.score - b.score > TIE and a.score - b.score >= min_margin]
 
 
-def score_images(reward_model: Scorer, requests: Sequence[Request], out_dir: Path, batch_size: int) -> list[Row]:
+def score_images(
+    reward_model: Scorer, requests: Sequence[Request], out_dir: Path, batch_size: int, processes: Processes = ALONE
+) -> list[Row]:
     """Scores of the candidates in `out_dir`, one row {id, score, error} per request, kept in `scores.jsonl`.
 
     `score` is None, with the reason in `error`, for an image that could not be scored.
@@ -213,12 +229,12 @@ def score_images(reward_model: Scorer, requests: Sequence[Request], out_dir: Pat
         score = row.get("score")
         return row.keys() == {"id", "score", "error"} and (score is None or isinstance(score, float))
 
-    log = RowLog(out_dir / SCORES_FILE, [request.id for request in requests], batch_size, is_current)
-    with tqdm(total=len(requests), initial=log.done, desc="scoring", unit="image", dynamic_ncols=True) as progress:
+    log = RowLog(out_dir / SCORES_FILE, [request.id for request in requests], batch_size, is_current, processes)
+    with log.progress("scoring", "image") as progress:
         for chunk in log.todo:
             batch = requests[chunk.start : chunk.stop]
             output = reward_model.score(
-                [out_dir / CANDIDATES / request.image for request in batch],
+                [out_dir / CANDIDATES / request.file for request in batch],
                 [request.prompt for request in batch],
                 batch_size=batch_size,
                 on_invalid="nan",
@@ -245,8 +261,8 @@ def _pair_row(pair_id: str, chosen: Candidate, rejected: Candidate, sign: float)
     return {
         "id": pair_id,
         "prompt": chosen.request.prompt,
-        "chosen": f"{CANDIDATES}/{chosen.request.image}",
-        "rejected": f"{CANDIDATES}/{rejected.request.image}",
+        "chosen": f"{CANDIDATES}/{chosen.request.file}",
+        "rejected": f"{CANDIDATES}/{rejected.request.file}",
         "score_chosen": sign * chosen.score,
         "score_rejected": sign * rejected.score,
         "margin": chosen.score - rejected.score,

@@ -8,12 +8,10 @@ nothing is guessed, the licence least of all.
 from __future__ import annotations
 
 import importlib
-import io
 import json
-import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +20,17 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from diffalign import __version__
-from diffalign.backbones.base import LORA_FILE
-from diffalign.backbones.loading import BUILTIN, FAMILIES
+from diffalign.backbones.loading import BUILTIN, FAMILIES, LORA_FILE
+from diffalign.curves import draw_curves, panels, read_series
 from diffalign.data.encoded import MANIFEST
 from diffalign.data.pairs import ReadReport
 from diffalign.lora_formats import is_hub_id, pipeline_class
+from diffalign.public_text import public
 from diffalign.resumable import write_atomically
 
 CARD = "README.md"
 CURVES = "curves.png"
-PANELS = (("loss", "loss"), ("implicit_accuracy", "implicit accuracy"))
-"""Metric, by the last part of its name, and the title of its panel."""
-LINES = {"train": "#3f8fd2", "validation": "#e0803a"}
-SMOOTHING = 25
-"""Training curves of more than three times as many points are drawn as running means over this share of them."""
+REFINER = "StableDiffusionXLImg2ImgPipeline"
 
 
 @dataclass(frozen=True)
@@ -44,8 +39,8 @@ class Run:
 
     Attributes:
         folder: The run's output folder.
-        config: Its configuration, every default written out.
-        facts: `run.json`: the method in one line, kappa, the number of pairs, perhaps the commands.
+        config: Its configuration, every default written out; local paths shortened, see `diffalign.public_text`.
+        facts: `run.json`: the method in one line, kappa, the number of pairs, perhaps the commands; likewise.
         weights: Names of the files and folders with trained weights, relative to the folder.
         family: Class of the base model's pipeline; None if the model is not on this machine.
         is_video: Whether the model makes videos.
@@ -96,7 +91,7 @@ def read_run(folder: str | Path) -> Run:
     if family in FAMILIES:
         module, _, name = FAMILIES[family].partition(":")
         is_video = bool(getattr(importlib.import_module(f"diffalign.backbones.{module}"), name).is_video)
-    return Run(run, config, _json(run / "run.json") or {}, _weights(run), family, is_video)
+    return Run(run, public(config), public(_json(run / "run.json") or {}), _weights(run), family, is_video)
 
 
 def write_card(run_dir: str | Path, *, license: str | None = None, repo_id: str | None = None) -> Path:
@@ -173,7 +168,7 @@ def _data(run: Run, license: str | None) -> ModelCardData:
         datasets=[dataset] if dataset and is_hub_id(dataset) else None,
         library_name="diffusers",
         license=license,
-        pipeline_tag=None if run.family is None else "text-to-video" if run.is_video else "text-to-image",
+        pipeline_tag=_task(run),
         tags=[*tags, "lora"] if run.is_lora else tags,
         base_model_relation=relation if known else None,
     )
@@ -182,13 +177,21 @@ def _data(run: Run, license: str | None) -> ModelCardData:
 # --- body ------------------------------------------------------------------------------------------------------------
 
 
+def _task(run: Run) -> str | None:
+    if run.family is None:
+        return None
+    if run.family == REFINER:
+        return "image-to-image"
+    return "text-to-video" if run.is_video else "text-to-image"
+
+
 def _body(run: Run, license: str | None, repo_id: str | None) -> str:
     blocks = [f"# {(repo_id or run.folder.resolve().name).rpartition('/')[2]}", _summary(run)]
     blocks += ["## Use", *_use(run, repo_id)]
     blocks += ["## Training", *_training(run)]
     blocks += ["## Evaluation", *_evaluation(run)]
     blocks += ["## Reproduce", _fenced("\n".join(_commands(run)), "bash"), "The configuration, `config.yaml`:"]
-    text = (run.folder / "config.yaml").read_text(encoding="utf-8")
+    text = yaml.safe_dump(dict(run.config), sort_keys=False)
     blocks += [f"<details><summary>config.yaml</summary>\n\n{_fenced(text.strip(), 'yaml')}\n\n</details>"]
     terms = f"{_plain(license)}." if license else "None was stated for these weights."
     blocks += ["## Licence", f"{terms} They derive from {_code(run.base)}: see the terms of that model."]
@@ -202,7 +205,14 @@ def _summary(run: Run) -> str:
         alpha = lora.get("alpha") or lora.get("rank")
         kind = f"LoRA weights (rank {lora['rank']}, alpha {alpha:g})" if lora else "LoRA weights"
     family = f" ({run.family})" if run.family else ""
-    return f"{kind} for {_code(run.base)}{family}, aligned with preferences by the method {_code(run.method)}."
+    text = f"{kind} for {_code(run.base)}{family}, aligned with preferences by the method {_code(run.method)}."
+    earlier = run.facts.get("started_from")
+    if earlier:
+        text += (
+            f" Training went on from the weights {_code(earlier)}, which are contained in these: load these alone on "
+            "the base model."
+        )
+    return text
 
 
 def _use(run: Run, repo_id: str | None) -> list[str]:
@@ -220,6 +230,11 @@ def _use(run: Run, repo_id: str | None) -> list[str]:
             "from diffusers import DiffusionPipeline\n\n"
             f"pipe = DiffusionPipeline.from_pretrained({base})\npipe.load_lora_weights({place!r})"
         )
+        for path in sorted(run.folder.glob(f"{Path(LORA_FILE).stem}_*.safetensors")):  # of a second expert
+            part = path.stem.removeprefix(f"{Path(LORA_FILE).stem}_")
+            code += f"\npipe.load_lora_weights({place!r}, weight_name={path.name!r}, load_into_{part}=True)"
+        if run.family == REFINER:
+            code += '\nbetter = pipe("a red cube", image=image, strength=0.3).images[0]  # a refiner needs an image'
         note = "`diffalign export` writes the same adapter for programs that read kohya's or ComfyUI's key layout."
         return [_fenced(code, "python"), note]
     parts = {part: (_json(run.folder / part / "config.json") or {}).get("_class_name") for part in run.weights}
@@ -239,7 +254,7 @@ def _training(run: Run) -> list[str]:
         rate = f" at a learning rate of {training['learning_rate']:g}" if "learning_rate" in training else ""
         lines.append(f"- {training['max_train_steps']} optimizer steps of {batch} pairs per process{rate}")
     blocks = ["\n".join(lines)]
-    if _panels(_series(run.folder / "metrics.jsonl")):
+    if panels(read_series(run.folder / "metrics.jsonl")):
         blocks += [f"![Loss and implicit accuracy over the optimizer steps]({CURVES})", _LEGEND]
     pictures = shown_pictures(run.folder)
     if pictures:
@@ -266,8 +281,8 @@ def _data_lines(run: Run) -> list[str]:
             f"{pairs['num_images_per_prompt']} pictures each, best against worst by the reward model "
             f"{_code(pairs['reward_model'])}"
         )
-    manifests = sorted((run.folder / "cache").glob(f"*/{MANIFEST}"))
-    if len(manifests) == 1:  # several: the folder does not tell which one was used
+    manifests = sorted((run.folder / "cache").glob(f"{run.facts.get('cache', '*')}/{MANIFEST}"))
+    if len(manifests) == 1:  # several, in a run that did not note its own: the folder does not tell which was used
         manifest = _json(manifests[0]) or {}
         lines.append(f"Read: {ReadReport.from_json(manifest['report']).summary()}, at {manifest['resolution']} px")
     if "pairs" in run.facts:
@@ -279,7 +294,7 @@ def _data_lines(run: Run) -> list[str]:
 
 def _evaluation(run: Run) -> list[str]:
     path = run.folder / "evaluation" / "comparison.json"
-    comparison = _json(path)
+    comparison = public(_json(path))
     if comparison is None:
         return ["Not evaluated yet; `diffalign evaluate config.yaml` compares base and aligned model."]
     try:
@@ -373,69 +388,6 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-def draw_curves(folder: Path) -> bytes | None:
-    """Loss and implicit accuracy of training and validation as a PNG; None if nothing was logged."""
-    from matplotlib.figure import Figure
-
-    series = _series(folder / "metrics.jsonl")
-    panels = _panels(series)
-    if not panels:
-        return None
-    figure = Figure(figsize=(5.0 * len(panels), 3.0), layout="constrained")
-    for axes, (title, metric) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for line, color in LINES.items():
-            points = sorted(series.get((line, metric), {}).items())
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            window = len(points) // SMOOTHING
-            if line == "train" and window >= 3:
-                axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.7)
-                values = tuple(_running_mean(values, window))
-            axes.plot(steps, values, color=color, linewidth=1.5, marker="o" if len(points) < 30 else "", label=line)
-        axes.set(title=title, xlabel="optimizer step")
-        axes.grid(alpha=0.3, linewidth=0.5)
-        axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _panels(series: Mapping[tuple[str, str], Any]) -> list[tuple[str, str]]:
-    return [(title, metric) for metric, title in PANELS if any((line, metric) in series for line in LINES)]
-
-
-def _series(path: Path) -> dict[tuple[str, str], dict[int, float]]:
-    """(train or validation, metric) -> step -> value; of a step that occurs twice, after a resume, the later one."""
-    series: dict[tuple[str, str], dict[int, float]] = {}
-    for record in _records(path):
-        for key, value in record.items():
-            line, _, metric = key.partition("/")
-            if line in LINES and isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault((line, metric), {})[int(record["step"])] = float(value)
-    return series
-
-
-def _records(path: Path) -> Iterable[dict[str, Any]]:
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # a line that a killed run left torn
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
-
-
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the values up to half a window away, fewer at the ends."""
-    half = window // 2
-    around = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in around]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
         try:
             from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
         except ImportError as error:
-            raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes: pip install bitsandbytes") from error
+            raise ValueError(
+                "optimizer 'adamw_8bit' needs bitsandbytes; run `pip install 'diffalign[quantization]'`"
+            ) from error
         return AdamW8bit(parameters, **kwargs)
     return torch.optim.AdamW(parameters, fused=config.fused_optimizer or None, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -32,7 +32,10 @@ class Policy(ABC):
         wrapped: What `predict` calls: the denoiser, or the wrapper that the loop puts around it (DDP, compilation).
         latent_shape: Shape of one latent at `size`, for example (4, 64, 64).
         size: Height and width in pixels of what is encoded and drawn.
+        is_video: Whether it draws videos.
         num_frames: Frames of a video; 1 for images.
+        frame_rate: Frames per second of its videos, as the family was trained; 0 for images.
+        reads_frame_rate: Whether the network is told `frame_rate`.
         max_tokens: How many tokens the text encoder reads, its special ones included.
         guidance_scale: What the family is usually sampled with, in the terms of its own pipeline.
         num_inference_steps: Likewise.
@@ -44,7 +47,10 @@ class Policy(ABC):
     wrapped: nn.Module
     latent_shape: tuple[int, ...]
     size: tuple[int, int]
+    is_video: ClassVar[bool] = False
     num_frames: int = 1
+    frame_rate: float = 0.0
+    reads_frame_rate: ClassVar[bool] = False
     max_tokens: int
     guidance_scale: float
     num_inference_steps: int
@@ -57,6 +63,13 @@ class Policy(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of B prompts, B rows; "" gives the row that a dropped caption uses."""
+
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """`count` rows of what classifier-free guidance contrasts a prompt with, in the family's own pipeline.
+
+        Not always what a dropped caption is in training: SDXL drops to the encoded empty prompt and guides with zeros.
+        """
+        return self.encode_prompts([""] * count)
 
     @abstractmethod
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
@@ -98,6 +111,10 @@ class Policy(ABC):
         Guidance and steps are the family's own where they are None.
         With `reference`, the frozen reference's weights are used instead of the policy's.
         """
+
+    def sampling_settings(self, guidance_scale: float) -> dict[str, Any]:
+        """What `sample` depends on beside weights, prompts, seeds, steps and `guidance_scale`, as JSON values."""
+        return {}
 
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:

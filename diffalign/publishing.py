@@ -13,6 +13,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from diffalign.model_card import CARD, CURVES, Run, read_run, render_card, shown_pictures, write_card
+from diffalign.public_text import public_bytes
 
 ABOUT = (CARD, CURVES, "config.yaml", "run.json", "metrics.jsonl", "evaluation/comparison.json")
 """Files of a run that explain its weights. Caches, checkpoints and training pictures stay here."""
@@ -32,6 +33,8 @@ def push_to_hub(
     endpoint: str | None = None,
 ) -> str:
     """Uploads trained weights, model card, curves, configuration, metrics and scores of a run.
+
+    Local folders in these texts are left out, see `diffalign.public_text`; the files here stay as they are.
 
     Args:
         run_dir: The run's output folder.
@@ -72,7 +75,10 @@ def push_to_hub(
     if not _edited_card(run, license, repo_id):
         write_card(run.folder, license=license, repo_id=repo_id)
     names = files_to_publish(run.folder, run.weights)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=run.folder / name) for name in names]
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=public_bytes(run.folder / name) or run.folder / name)
+        for name in names
+    ]
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=f"Weights trained with {run.method}")

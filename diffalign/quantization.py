@@ -29,7 +29,8 @@ def check_quantization(kind: str, device: str) -> None:
     package = PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         raise ValueError(
-            f"model.quantization: {kind} needs {package}, which is not installed; run `pip install {package}`"
+            f"model.quantization: {kind} needs {package}, which is not installed; run "
+            "`pip install 'diffalign[quantization]'`"
         )
     if kind == "nf4" and torch.device(device).type != "cuda":
         raise ValueError(

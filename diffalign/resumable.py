@@ -12,6 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from diffalign.processes import ALONE, Processes, own_files
+
 SETTINGS_FILE = "settings.json"
 
 Row = Mapping[str, Any]
@@ -90,19 +94,63 @@ class RowLog:
     A chunk of which a row is missing or stale is done again as a whole. Batches are then the same as in a run that
     was never interrupted, and so is the rounding of everything computed in them.
 
+    Several processes deal the chunks among themselves, and each appends to a file of its own beside `path`. When all
+    are done, the first one puts the rows together in `path`, in order, as one process would have written them. What a
+    killed run left is taken over by any number of processes.
+
     Args:
         path: The file; it need not exist. Torn, unreadable and unknown lines are dropped.
         ids: All ids, in the order of the finished file; no two alike.
         chunk_size: Rows per chunk, >= 1.
-        is_current: Whether a row read from the file still stands.
+        is_current: Whether a row read from the file still stands; asked in the first process only.
+        processes: Who shares the work; all of them make the same log.
     """
 
-    def __init__(self, path: Path, ids: Sequence[str], chunk_size: int, is_current: Callable[[Row], bool]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ids: Sequence[str],
+        chunk_size: int,
+        is_current: Callable[[Row], bool],
+        processes: Processes = ALONE,
+    ) -> None:
         self.path = path
         self.ids = list(ids)
+        self.processes = processes
+        self._own = processes.own_file(path)
         self._rows: dict[str, Row] = {}
-        found = self._read()
-        self.todo: list[range] = []
+        # One process says what is left, so that all deal out the same list whatever each of them sees on the disk.
+        self.todo = processes.share(processes.on_first(lambda: self._take_up(chunk_size, is_current)))
+
+    def progress(self, what: str, unit: str) -> tqdm[Any]:
+        """A bar with the time that is left, over all rows; of several processes the first shows its own part."""
+        left = sum(len(chunk) for chunk in self.todo)
+        done = len(self._rows) if self.processes.count == 1 else 0
+        label, hidden = self.processes.label(what), not self.processes.is_first
+        return tqdm(total=done + left, initial=done, desc=label, unit=unit, dynamic_ncols=True, disable=hidden)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds the finished rows of one chunk."""
+        with self._own.open("ab") as file:
+            file.write("".join(to_line(row) for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows.update((row["id"], row) for row in rows)
+
+    def finish(self) -> list[Row]:
+        """All rows in the order of the ids, as the file now holds them too; waits for the other processes.
+
+        Raises:
+            ValueError: If the first process cannot see what the others wrote.
+        """
+        self.processes.wait()
+        return self.processes.on_first(self._put_together)
+
+    def _take_up(self, chunk_size: int, is_current: Callable[[Row], bool]) -> list[range]:
+        """Collects in `path` what earlier runs left, of any number of processes; gives the chunks still to do."""
+        others = own_files(self.path)
+        found = {key: row for path in (self.path, *others) for key, row in _read_rows(path).items()}
+        todo: list[range] = []
         for start in range(0, len(self.ids), chunk_size):
             chunk = range(start, min(start + chunk_size, len(self.ids)))
             rows = [found.get(self.ids[i]) for i in chunk]
@@ -110,41 +158,42 @@ class RowLog:
             if len(kept) == len(chunk):
                 self._rows.update((row["id"], row) for row in kept)
             else:
-                self.todo.append(chunk)
+                todo.append(chunk)
         self._write_in_order()
+        for path in others:
+            path.unlink()
+        return todo
 
-    @property
-    def done(self) -> int:
-        """How many rows are finished."""
-        return len(self._rows)
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Adds the finished rows of one chunk."""
-        with self.path.open("ab") as file:
-            file.write("".join(to_line(row) for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._rows.update((row["id"], row) for row in rows)
-
-    def finish(self) -> list[Row]:
-        """All rows in the order of the ids, as the file now holds them too."""
+    def _put_together(self) -> list[Row]:
+        others = own_files(self.path)
+        for path in others:
+            self._rows.update(_read_rows(path))
         missing = [key for key in self.ids if key not in self._rows]
-        assert not missing, f"rows were never written: {missing[:3]}"
+        assert not missing or self.processes.count > 1, f"rows were never written: {missing[:3]}"
+        if missing:
+            raise ValueError(
+                f"{len(missing)} rows of other processes cannot be seen in {self.path.parent} ({missing[0]} first); "
+                "expected all processes to write to one disk: choose an output folder that all machines share"
+            )
         self._write_in_order()
+        for path in others:
+            path.unlink()
         return [self._rows[key] for key in self.ids]
-
-    def _read(self) -> dict[str, Row]:
-        rows: dict[str, Row] = {}
-        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # torn by a kill; its chunk is done again
-            if isinstance(row, dict) and isinstance(row.get("id"), str):
-                rows[row["id"]] = row
-        return rows
 
     def _write_in_order(self) -> None:
         content = "".join(to_line(self._rows[key]) for key in self.ids if key in self._rows).encode()
         if content != (self.path.read_bytes() if self.path.exists() else b""):
             write_atomically(self.path, content)
+
+
+def _read_rows(path: Path) -> dict[str, Row]:
+    """The whole rows of a JSONL file by id; nothing if there is no such file."""
+    rows: dict[str, Row] = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill; its chunk is done again
+        if isinstance(row, dict) and isinstance(row.get("id"), str):
+            rows[row["id"]] = row
+    return rows

@@ -44,6 +44,7 @@ __all__ = [
     "WeightSpec",
     "WeightsError",
     "load_reward_model",
+    "reward_model_info",
     "score_index",
 ]
 
@@ -83,12 +84,10 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
         ValueError: If there is no such model or option; the message suggests the nearest.
         WeightsError: If the weights cannot be loaded.
     """
-    key = name if ":" in name else name.lower()
-    module, fixed = _ALIASES.get(key, (key, {}))
+    model_class, fixed = _find(name)
     for option, value in fixed.items():
         if options.get(option, value) != value:
             raise ValueError(f"{name!r} means {option}={value!r}, but {option}={options[option]!r} was passed as well")
-    model_class = plugins.find("reward_models", module)
     parameters = inspect.signature(model_class).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         known = sorted(set(parameters) - {"path_or_id"})
@@ -101,6 +100,23 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
                 )
     model: RewardModel = model_class.from_pretrained(path, **{**options, **fixed})
     return model
+
+
+def reward_model_info(name: str) -> RewardInfo:
+    """What is known about the reward model called `name` without its weights; of versions, about the default one.
+
+    Raises:
+        ValueError: If there is no such model; the message suggests the nearest.
+    """
+    info: RewardInfo = _find(name)[0].info
+    return info
+
+
+def _find(name: str) -> tuple[type[RewardModel], dict[str, Any]]:
+    """The class of a reward model, and the options that its name stands for."""
+    key = name if ":" in name else name.lower()
+    module, fixed = _ALIASES.get(key, (key, {}))
+    return plugins.find("reward_models", module), fixed
 
 
 def __getattr__(name: str) -> Any:

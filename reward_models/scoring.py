@@ -1,24 +1,26 @@
 """Scores an index of pictures with several reward models, and goes on where it was when it is killed.
 
-While it runs, each score is one line of a journal beside the output (`scores.jsonl.journal`, only ever appended to);
-at the end the output is written in one piece, in the order of the index, and the journal is removed. A score is reused
-if id, prompt, content of the picture and fingerprint of the model are the same, from the journal as well as from an
-earlier output, so that adding a model or pictures costs only what is new.
+While it runs, each score is one line of a journal beside the output (`scores.jsonl.journal`, only ever appended to; of
+several processes each has its own); at the end the output is written in one piece, in the order of the index, and the
+journals are removed. A score is reused if id, prompt, content of the picture and fingerprint of the model are the same,
+from a journal as well as from an earlier output, so that adding a model or pictures costs only what is new.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from diffalign.processes import ALONE, Processes, own_files
+from diffalign.resumable import write_atomically
 from diffalign.reward_models.base import RewardModel
 
 __all__ = ["ScoreSummary", "score_index"]
@@ -75,6 +77,7 @@ def score_index(
     batch_size: int = 32,
     *,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> ScoreSummary:
     """Scores every picture of an index with every model.
 
@@ -89,6 +92,8 @@ def score_index(
         out: Where the scores go; `out` with ".journal" appended holds the unfinished work.
         batch_size: Pictures per forward pass, >= 1.
         progress: Whether to show a bar with the time that is left.
+        processes: Who shares the work, each calling this with the same arguments; the output is the same for any
+            number of them, and a rerun may have another number.
 
     Raises:
         ValueError: If the index has a bad row (named by line), ids or model names are not unique, or there are none.
@@ -103,41 +108,79 @@ def score_index(
     prints = {model.info.name: model.fingerprint() for model in models}
     out.parent.mkdir(parents=True, exist_ok=True)
     journal = out.with_name(out.name + ".journal")
-    known = {**_finished(out), **_journalled(journal)}
-    hashes: dict[str, str | None] = {}
-    errors: dict[str, dict[str, str]] = {}
-    scores: dict[str, dict[str, float | None]] = {row.id: {} for row in rows}
-    computed = reused = 0
-    bar = tqdm(total=len(rows) * len(models), desc="score", unit="image", disable=not progress)
-    with bar, journal.open("a", encoding="utf-8") as stream:
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            hashes |= {row.id: _hash(index.parent / row.image) for row in chunk}
-            for model in models:
-                keys = [_key(row, hashes[row.id], model.info.name, prints) for row in chunk]
-                hits = {row.id: known[key] for row, key in zip(chunk, keys, strict=True) if key in known}
-                fresh: dict[str, float | str] = {}
-                if len(hits) < len(chunk):
-                    # The whole chunk again, also if half of it is known: the same batch gives the same digits.
-                    fresh = _score_chunk(model, chunk, index.parent)
-                lines = []
-                for row, key in zip(chunk, keys, strict=True):
-                    value = hits[row.id] if row.id in hits else fresh[row.id]
-                    scores[row.id][model.info.name] = None if isinstance(value, str) else value
-                    if isinstance(value, str):
-                        errors.setdefault(row.id, {})[model.info.name] = value
-                    elif row.id in hits:
-                        reused += 1
-                    else:
-                        computed += 1
-                        lines.append(json.dumps({**key._asdict(), "score": value}, ensure_ascii=False) + "\n")
-                stream.write("".join(lines))
+    known = _finished(out)
+    for path in (journal, *own_files(journal)):
+        known |= _journalled(path)
+    processes.wait()  # until all have read the journals that they now write to
+    share = processes.share([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
+    work = _Work(models, prints, index.parent, known)
+    with (
+        tqdm(
+            total=sum(len(chunk) for chunk in share) * len(models),
+            desc=processes.label("score"),
+            unit="image",
+            disable=not (progress and processes.is_first),
+        ) as bar,
+        _appending(processes.own_file(journal)) as stream,
+    ):
+        for chunk in share:
+            for lines in work.score(chunk):
+                stream.write(lines)
                 stream.flush()
                 bar.update(len(chunk))
-    _write(out, rows, hashes, scores, errors, prints)
-    journal.unlink()
-    means = {name: _mean([scores[row.id][name] for row in rows]) for name in names}
+    parts = processes.gather((work.results, work.computed, work.reused))
+    results = {row_id: result for part, _, _ in parts for row_id, result in part.items()}
+    processes.on_first(lambda: _conclude(out, rows, results, prints, (journal, *own_files(journal))))
+    errors = {row.id: results[row.id].errors for row in rows if results[row.id].errors}
+    means = {name: _mean([results[row.id].scores[name] for row in rows]) for name in names}
+    computed, reused = sum(part[1] for part in parts), sum(part[2] for part in parts)
     return ScoreSummary(len(rows), computed, reused, means, errors)
+
+
+@dataclass
+class _Result:
+    """What is known of a row: content hash of its picture, and a score or an error by name of model."""
+
+    sha256: str | None
+    scores: dict[str, float | None] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Work:
+    """One process's part: the models, what is known already, and the results so far by row id."""
+
+    models: Sequence[RewardModel]
+    prints: dict[str, str]
+    folder: Path
+    known: dict[_Key, float]
+    results: dict[str, _Result] = field(default_factory=dict)
+    computed: int = 0
+    reused: int = 0
+
+    def score(self, chunk: Sequence[_Row]) -> Iterator[str]:
+        """Scores a chunk with model after model; gives each one's new lines of the journal."""
+        self.results |= {row.id: _Result(_hash(self.folder / row.image)) for row in chunk}
+        for model in self.models:
+            name = model.info.name
+            keys = [_Key(r.id, r.prompt, self.results[r.id].sha256 or "", name, self.prints[name]) for r in chunk]
+            hits = {key.id: self.known[key] for key in keys if key in self.known}
+            fresh: dict[str, float | str] = {}
+            if len(hits) < len(chunk):
+                # The whole chunk again, also if half of it is known: the same batch gives the same digits.
+                fresh = _score_chunk(model, chunk, self.folder)
+            lines = []
+            for key in keys:
+                result, value = self.results[key.id], hits[key.id] if key.id in hits else fresh[key.id]
+                result.scores[name] = None if isinstance(value, str) else value
+                if isinstance(value, str):
+                    result.errors[name] = value
+                elif key.id in hits:
+                    self.reused += 1
+                else:
+                    self.computed += 1
+                    lines.append(json.dumps({**key._asdict(), "score": value}, ensure_ascii=False) + "\n")
+            yield "".join(lines)
 
 
 def _score_chunk(model: RewardModel, chunk: Sequence[_Row], folder: Path) -> dict[str, float | str]:
@@ -149,10 +192,6 @@ def _score_chunk(model: RewardModel, chunk: Sequence[_Row], folder: Path) -> dic
         # Without the number in the batch, which means nothing to the reader of the file.
         results[row.id] = value if error is None else error.partition(": ")[2]
     return results
-
-
-def _key(row: _Row, content: str | None, model: str, prints: dict[str, str]) -> _Key:
-    return _Key(row.id, row.prompt, content or "", model, prints[model])
 
 
 def _hash(path: Path) -> str | None:
@@ -200,16 +239,23 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _journalled(path: Path) -> dict[_Key, float]:
-    """The scores of a journal; its torn end, if it was killed while writing, is cut off for the next line."""
+    """The scores of a journal."""
     known = {}
     for content in _lines(path):
         value = content.pop("score", None)
         if content.keys() == set(_Key._fields) and isinstance(value, float):
             known[_Key(**content)] = value
-    if path.exists():
-        with path.open("rb+") as stream:
-            stream.truncate(stream.read().rfind(b"\n") + 1)
     return known
+
+
+@contextmanager
+def _appending(journal: Path) -> Iterator[TextIO]:
+    """The journal, open for more lines; if a kill tore its last one, that is cut off first."""
+    if journal.exists():
+        with journal.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    with journal.open("a", encoding="utf-8") as stream:
+        yield stream
 
 
 def _finished(path: Path) -> dict[_Key, float]:
@@ -223,30 +269,26 @@ def _finished(path: Path) -> dict[_Key, float]:
     return known
 
 
-def _write(
-    out: Path,
-    rows: Sequence[_Row],
-    hashes: dict[str, str | None],
-    scores: dict[str, dict[str, float | None]],
-    errors: dict[str, dict[str, str]],
-    prints: dict[str, str],
+def _conclude(
+    out: Path, rows: Sequence[_Row], results: dict[str, _Result], prints: dict[str, str], journals: Sequence[Path]
 ) -> None:
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            content = {
-                "id": row.id,
-                "prompt": row.prompt,
-                "image": row.image,
-                "sha256": hashes[row.id],
-                "scores": scores[row.id],
-                "errors": errors.get(row.id, {}),
-                "models": prints,
-            }
-            stream.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, out)
+    """Writes the output and removes the journals."""
+    lines = []
+    for row in rows:
+        result = results[row.id]
+        content = {
+            "id": row.id,
+            "prompt": row.prompt,
+            "image": row.image,
+            "sha256": result.sha256,
+            "scores": result.scores,
+            "errors": result.errors,
+            "models": prints,
+        }
+        lines.append(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(out, "".join(lines).encode())
+    for journal in journals:
+        journal.unlink(missing_ok=True)
 
 
 def _mean(values: Sequence[float | None]) -> float:

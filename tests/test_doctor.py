@@ -72,6 +72,7 @@ def test_assets_are_looked_for_in_the_package(monkeypatch: pytest.MonkeyPatch, t
     assert doctor._asset("scorer", doctor.ASSETS["scorer"]) == "present, 1.5 MB"
 
 
+@pytest.mark.slow
 def test_heavy_packages_stay_unimported() -> None:
     code = (
         "import sys; from diffalign import doctor; doctor.render(doctor.collect());"

@@ -82,6 +82,7 @@ def test_adafactor_keeps_rows_and_columns(run_config: Any) -> None:
     assert estimate(config).memory["optimizer (adafactor)"] == state_size(optimizer)
 
 
+@pytest.mark.slow
 def test_forward_passes_are_counted_as_the_papers_of_speed_count_them(
     run_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_quantized_weights_are_small(run_config: Any) -> None:
     assert packed.memory["adapters"] == whole.memory["adapters"]
 
 
+@pytest.mark.slow
 def test_the_full_size_of_sd15_without_its_weights(tmp_path: Path, tiny_pipeline: Path, run_config: Any) -> None:
     """859,520,964 parameters as published, of which full fine-tuning holds four float32 copies and half a fifth."""
     folder = tmp_path / "sd15"
@@ -125,6 +127,27 @@ def test_the_full_size_of_sd15_without_its_weights(tmp_path: Path, tiny_pipeline
         run_config({"pretrained_model_name_or_path": str(folder), "lora": {"rank": 8}}, mixed_precision="bf16")
     )
     assert adapters.trainable == 1_594_368  # as diffusers' own LoRA script trains at rank 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 3}], ids=["full", "lora"])
+def test_two_experts_are_both_counted(run_config: Any, tmp_path: Path, lora: Any) -> None:
+    """Wan 2.2: two denoisers are held and trained, and each row of a batch goes through one of them."""
+    from tests.backbones.families import wan
+
+    folder = wan.save_tiny(tmp_path / "experts", ("transformer", "transformer_2"))
+    model = {"pretrained_model_name_or_path": str(folder), "lora": lora, "resolution": [32, 48], "num_frames": 5}
+    config = run_config(model)
+    found = estimate(config)
+    policy: Any = commands._training_policy(config, inspect_model(str(folder)), torch.device("cpu"))
+    trained = policy.trainable_parameters()
+    assert found.trainable == sum(p.numel() for p in trained)
+    own = {id(p) for p in trained}
+    frozen = [p for p in policy.denoiser.parameters() if id(p) not in own]
+    assert found.memory["denoiser"] == size(frozen or trained)
+    assert found.memory.get("reference copy", 0) == (size(policy._frozen.parameters()) if lora is None else 0)
+    assert found.forwards["policy"] == found.forwards["reference"] == 2
+    assert "trainable: " in str(found)
 
 
 def test_dry_run_writes_nothing_and_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +200,7 @@ def test_epochs_where_the_pairs_are_known(run_config: Any, tmp_path: Path) -> No
 # --- what `model` says reaches the policy -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_settings_reach_peft(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 3, "alpha": 6, "use_dora": True, "use_rslora": True}})
     source = inspect_model(config.model.pretrained_model_name_or_path)
@@ -201,6 +225,7 @@ def test_size_and_frames_reach_the_policy(run_config: Any) -> None:
         commands.picture_size(run_config({"resolution": 16}, {"train_data_dir": "x", "resolution": 32}))
 
 
+@pytest.mark.slow
 def test_vae_switches_survive_a_reload_and_change_no_or_another_cache(run_config: Any) -> None:
     def policy(**model: Any) -> Any:
         config = run_config(model)
@@ -256,9 +281,9 @@ def test_the_fused_optimizer_takes_the_same_steps(run_config: Any) -> None:
         after(True, "adafactor")
 
 
-def test_an_adapter_to_start_from_is_refused_before_anything_is_loaded(
+def test_an_adapter_that_is_not_there_is_refused_before_anything_is_loaded(
     run_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commands, "load_policy", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="training on top of a trained adapter"):
+    with pytest.raises(ValueError, match=r"model\.adapter: somewhere holds neither .*; give the output folder of a"):
         commands.train_config(run_config({"adapter": "somewhere"}))

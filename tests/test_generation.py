@@ -111,9 +111,9 @@ def test_every_state_a_kill_can_leave_is_completed(
     lines = (folder / "index.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "index.jsonl").write_bytes(b"".join(lines[:rows]) + (lines[rows][:torn] if torn else b""))
     for request in REQUESTS[images:]:
-        (folder / request.image).unlink()
+        (folder / request.file).unlink()
     if images < len(REQUESTS):
-        (folder / f"{REQUESTS[images].image}.tmp").write_bytes(b"half a picture")
+        (folder / f"{REQUESTS[images].file}.tmp").write_bytes(b"half a picture")
     generate(policy, REQUESTS, folder, SAMPLING, settings=SETTINGS)
     assert contents(folder) == contents(finished)
 
@@ -123,7 +123,7 @@ def test_finished_chunks_are_kept_and_a_lost_image_comes_back_in_order(
 ) -> None:
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
-    (folder / REQUESTS[1].image).unlink()
+    (folder / REQUESTS[1].file).unlink()
     sample, drawn = policy.sample, []
 
     def counted(prompts: Any, seeds: Any, **options: Any) -> Any:
@@ -218,7 +218,7 @@ def test_reference_images_are_the_base_models(tiny_pipeline: Path, policy: Any, 
         parameter.data += 0.5
     generate(adapted, REQUESTS, tmp_path / "reference", SAMPLING, reference=True, settings=SETTINGS)
     generate(adapted, REQUESTS, tmp_path / "aligned", SAMPLING, settings=SETTINGS)
-    image = REQUESTS[0].image
+    image = REQUESTS[0].file
     assert (tmp_path / "reference" / image).read_bytes() == (finished / image).read_bytes()
     assert (tmp_path / "aligned" / image).read_bytes() != (finished / image).read_bytes()
 

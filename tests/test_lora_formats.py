@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,9 +28,9 @@ from diffalign.lora_formats import (
     read_adapters,
     write_adapters,
 )
-from diffalign.lora_names import diffusers_unet, dotted, original_unet, underscored
 from tests.backbones.families import flux, sd, sdxl
 from tests.backbones.families.base import PROMPTS, save
+from tests.lora_files import content, delta, random_adapters
 
 RANK, ALPHA = 3, 5.0
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -92,28 +92,42 @@ FAMILIES: dict[str, tuple[Any, tuple[str, ...], str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow), "flux"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: FAMILIES[name][0](tmp_path_factory.mktemp(name)) for name in FAMILIES}
+class Made(dict[str, Path]):
+    """Folders by family, made when they are asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = self.make(family)
+        return self[family]
 
 
 @pytest.fixture(scope="module")
-def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, policies: Any) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(lambda name: FAMILIES[name][0](tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="module")
+def runs(models: Made, tmp_path_factory: pytest.TempPathFactory, policies: Any) -> Made:
     """An adapter of each family as a run leaves it."""
-    folders = {}
-    for name, (_, targets, _, _) in FAMILIES.items():
-        policy: Any = load_policy(str(models[name]), lora=LoRA(RANK, ALPHA, targets), train=True)
+
+    def make(name: str) -> Path:
+        policy: Any = load_policy(str(models[name]), lora=LoRA(RANK, ALPHA, FAMILIES[name][1]), train=True)
         policies.move_away(policy, 0.3)
-        folders[name] = tmp_path_factory.mktemp(f"run-{name}")
-        policy.save_trained(folders[name])
+        folder = tmp_path_factory.mktemp(f"run-{name}")
+        policy.save_trained(folder)
         config = {"model": {"pretrained_model_name_or_path": str(models[name])}}
-        (folders[name] / "config.yaml").write_text(yaml.safe_dump(config))
-    return folders
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return folder
+
+    return Made(make)
 
 
 @cache
@@ -137,38 +151,10 @@ def draw(model: Path, family: str, lora: Path | None = None) -> Tensor:
     return picture
 
 
-def delta(adapter: Adapter) -> Tensor:
-    """What an adapter adds to its weight, [out, in, ...]."""
-    product = adapter.up.flatten(1).double() @ adapter.down.flatten(1).double()
-    return (adapter.scale * product).reshape(len(adapter.up), *adapter.down.shape[1:])
-
-
-def content(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        return load_file(path), file.metadata() or {}
-
-
-def adapters_of(path: Path) -> dict[str, Adapter]:
-    return read_adapters(*content(path))
-
-
-def random_adapters(layers: dict[str, tuple[int, ...]], rank: int = 2, alpha: float = 3.0) -> dict[str, Adapter]:
-    """Adapters for weights of the given shapes."""
-    generator = torch.Generator().manual_seed(0)
-    made = {}
-    for name, (out, into, *kernel) in layers.items():
-        down = torch.randn(rank, into, *kernel, generator=generator)
-        up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)
-        made[name] = Adapter(down, up, alpha)
-    return made
-
-
 # --- diffusers draws the same picture --------------------------------------------------------------------------------
 
 
-def test_a_kohya_file_draws_the_same_picture(
-    family: str, models: dict[str, Path], runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_kohya_file_draws_the_same_picture(family: str, models: Made, runs: Made, tmp_path: Path) -> None:
     exported = export_lora(runs[family], tmp_path / "kohya.safetensors")
     assert all(key.startswith("lora_unet_") for key in load_file(exported))
     ours = draw(models[family], family, runs[family] / LORA_FILE)
@@ -176,9 +162,8 @@ def test_a_kohya_file_draws_the_same_picture(
     torch.testing.assert_close(draw(models[family], family, exported), ours, atol=2e-6, rtol=0)
 
 
-def test_a_comfyui_file_of_flux_draws_the_same_picture(
-    models: dict[str, Path], runs: dict[str, Path], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_comfyui_file_of_flux_draws_the_same_picture(models: Made, runs: Made, tmp_path: Path) -> None:
     exported = export_lora(runs["flux"], tmp_path / "comfy.safetensors", "comfyui")
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight" in load_file(exported)
     ours = draw(models["flux"], "flux", runs["flux"] / LORA_FILE)
@@ -186,7 +171,7 @@ def test_a_comfyui_file_of_flux_draws_the_same_picture(
 
 
 def test_a_file_that_came_back_draws_the_same_picture_here(
-    family: str, models: dict[str, Path], runs: dict[str, Path], tmp_path: Path
+    family: str, models: Made, runs: Made, tmp_path: Path
 ) -> None:
     back = import_lora(export_lora(runs[family], tmp_path / "kohya.safetensors"), tmp_path / "back")
     policy = load_policy(str(models[family]), adapter=back.parent)
@@ -199,7 +184,7 @@ def test_a_file_that_came_back_draws_the_same_picture_here(
 
 
 @pytest.mark.parametrize("layout", ["kohya", "comfyui"])
-def test_there_and_back(family: str, layout: Any, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_there_and_back(family: str, layout: Any, runs: Made, tmp_path: Path) -> None:
     """Same keys, same tensors bit for bit, same alpha and rank. FLUX.1 comes back through its fused layers."""
     source = runs[family] / LORA_FILE
     if family == "sd" and layout == "comfyui":  # a UNet whose first up block attends has no original name
@@ -218,7 +203,7 @@ def test_there_and_back(family: str, layout: Any, runs: dict[str, Path], tmp_pat
     assert new[f"{prefix}.r"] == RANK
 
 
-def test_kohya_again_is_bit_equal(family: str, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_kohya_again_is_bit_equal(family: str, runs: Made, tmp_path: Path) -> None:
     """A kohya file read and written again, through the diffusers layout, is the same file."""
     first = export_lora(runs[family], tmp_path / "first.safetensors")
     back = import_lora(first, tmp_path)
@@ -229,7 +214,8 @@ def test_kohya_again_is_bit_equal(family: str, runs: dict[str, Path], tmp_path: 
     assert {float(v) for k, v in before.items() if k.endswith(".alpha")} <= {ALPHA, 3 * ALPHA}
 
 
-def test_rank_stabilised_scale_survives(models: dict[str, Path], tmp_path: Path, policies: Any) -> None:
+@pytest.mark.slow
+def test_rank_stabilised_scale_survives(models: Made, tmp_path: Path, policies: Any) -> None:
     """alpha / sqrt(rank) becomes the alpha that gives the same factor divided by the rank."""
     lora = LoRA(4, 6.0, ATTENTION, use_rslora=True)
     policy: Any = load_policy(str(models["sd"]), lora=lora, train=True)
@@ -242,9 +228,7 @@ def test_rank_stabilised_scale_survives(models: dict[str, Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
-def test_every_kind_of_layer_with_different_alphas_and_ranks(
-    family: Any, models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_every_kind_of_layer_with_different_alphas_and_ranks(family: Any, models: Made, tmp_path: Path) -> None:
     """diffusers would take one alpha for all attention layers of a kohya file, so one is written; the products stay."""
     unet = load_policy(str(models[family])).denoiser
     inner = r".*\.(to_[qkv]|to_out\.0|proj_in|proj_out|proj|net\.2|conv1|conv2|conv_shortcut|time_emb_proj|conv)"
@@ -271,67 +255,8 @@ def test_every_kind_of_layer_with_different_alphas_and_ranks(
     torch.testing.assert_close(draw(models[family], family, files["kohya"]), ours, atol=1e-5, rtol=0)
 
 
-# --- original names --------------------------------------------------------------------------------------------------
-
-
-UNETS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
-    "sd": (
-        ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        {"transformer_layers_per_block": 1},
-    ),
-    "sdxl": (
-        ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        {"transformer_layers_per_block": (1, 2, 3), "addition_embed_type": "text_time"},
-    ),
-    "sdxl-refiner": (
-        ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        {"transformer_layers_per_block": 4, "addition_embed_type": "text_time"},
-    ),
-}
-
-
-@pytest.mark.parametrize("family", UNETS)
-def test_original_names_of_every_layer_of_a_unet(family: str) -> None:
-    """diffusers' converter of original checkpoints maps our original names onto its own layers, all of them."""
-    from diffusers import UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    down, up, options = UNETS[family]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            down_block_types=down,
-            up_block_types=up,
-            block_out_channels=(8,) * (len(down) - 1) + (16,),  # a change of width has a shortcut
-            layers_per_block=2,
-            norm_num_groups=4,
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=16,
-            **options,
-        )
-    layers = [n.removesuffix(".weight") for n, p in unet.named_parameters() if n.endswith("weight") and p.ndim > 1]
-    assert len(layers) > 100
-    originals = {path: original_unet(path, family) for path in layers}
-    assert len(set(originals.values())) == len(layers)
-    for path, original in originals.items():
-        assert diffusers_unet(original) == diffusers_unet(path) == path
-        assert dotted(underscored(original)) == original
-        assert dotted(underscored(path)) == path
-    checkpoint = {
-        f"model.diffusion_model.{original}.{kind}": torch.tensor(i)
-        for i, original in enumerate(originals.values())
-        for kind in ("weight", "bias")  # the converter asks some layers for both
-    }
-    converted = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
-    found = {key: int(value) for key, value in converted.items() if key.endswith(".weight") and value is not None}
-    assert found == {f"{path}.weight": i for i, path in enumerate(layers)}
-
-
-def test_comfyui_file_of_a_unet_names_the_original_layers(tmp_path: Path, runs: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_comfyui_file_of_a_unet_names_the_original_layers(tmp_path: Path, runs: Made) -> None:
     exported = load_file(export_lora(runs["sdxl"], tmp_path / "comfy.safetensors", "comfyui"))
     kohya = load_file(export_lora(runs["sdxl"], tmp_path / "kohya.safetensors", "kohya"))
     assert "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_down.weight" in exported
@@ -340,95 +265,6 @@ def test_comfyui_file_of_a_unet_names_the_original_layers(tmp_path: Path, runs: 
         layer, _, rest = key.removeprefix("diffusion_model.").partition(".lora_")
         spelled = f"lora_unet_{layer.replace('.', '_')}.lora_{rest}" if rest else ""
         assert torch.equal(kohya[spelled], tensor) if rest else key.endswith(".alpha")
-
-
-# --- FLUX.1 at its real widths ---------------------------------------------------------------------------------------
-
-WIDTH = 3072
-
-
-def flux_layers(parts: str = "all") -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapted weights in some blocks of FLUX.1."""
-    layers: dict[str, tuple[int, ...]] = {}
-    for i in (0, 18):
-        block = f"transformer.transformer_blocks.{i}"
-        names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        layers |= {f"{block}.attn.{name}": (WIDTH, WIDTH) for name in names}
-        layers |= {f"{block}.{norm}.linear": (6 * WIDTH, WIDTH) for norm in ("norm1", "norm1_context")}
-        for ff in ("ff", "ff_context"):
-            layers |= {f"{block}.{ff}.net.0.proj": (4 * WIDTH, WIDTH), f"{block}.{ff}.net.2": (WIDTH, 4 * WIDTH)}
-    for i in (0, 37):
-        block = f"transformer.single_transformer_blocks.{i}"
-        layers |= {f"{block}.attn.{name}": (WIDTH, WIDTH) for name in ("to_q", "to_k", "to_v")}
-        layers |= {f"{block}.proj_mlp": (4 * WIDTH, WIDTH), f"{block}.proj_out": (WIDTH, 5 * WIDTH)}
-        layers[f"{block}.norm.linear"] = (3 * WIDTH, WIDTH)
-    chosen = {
-        "all": list(layers),
-        "attention": [n for n in layers if ".attn." in n],
-        "some": [n for n in layers if n.endswith(("to_k", "to_v", "add_q_proj"))],
-    }
-    return {name: layers[name] for name in chosen[parts]}
-
-
-def products(up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """What scale * up @ down does to a few fixed vectors; the whole product would be large."""
-    vectors = torch.randn(down.shape[1], 2, generator=torch.Generator().manual_seed(7)).double()
-    return scale * (up.double() @ (down.double() @ vectors))
-
-
-@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
-@pytest.mark.parametrize("parts", ["all", "attention", "some"])
-def test_diffusers_reads_fused_layers_as_they_were(parts: str, layout: Any) -> None:
-    """Single blocks included, whose widths diffusers' converter takes to be FLUX.1's own; missing parts stay without
-    effect."""
-    from diffusers import FluxPipeline
-
-    adapters = random_adapters(flux_layers(parts))
-    state, metadata = write_adapters(adapters, layout, "flux")
-    theirs: Any = FluxPipeline.lora_state_dict(dict(state))
-    layers = {key.removesuffix(".lora_A.weight") for key in theirs if key.endswith(".lora_A.weight")}
-    assert set(adapters) <= layers
-    for name in layers:
-        up, down = theirs[f"{name}.lora_B.weight"], theirs[f"{name}.lora_A.weight"]
-        found = products(up, down, 1.0)
-        ours = adapters.get(name)
-        expected = products(ours.up, ours.down, ours.scale) if ours else torch.zeros_like(found)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-3)
-    back = read_adapters(state, metadata)
-    assert back.keys() == adapters.keys()
-    for name, adapter in adapters.items():
-        assert torch.equal(back[name].down, adapter.down)
-        assert torch.equal(back[name].up, adapter.up)
-        assert back[name].alpha == adapter.alpha
-
-
-@pytest.mark.parametrize("first", ["to_q", "to_v"])
-def test_parts_of_different_rank_and_alpha_are_fused_exactly(first: str) -> None:
-    block = "transformer.transformer_blocks.0.attn"
-    others = [name for name in ("to_q", "to_k", "to_v") if name != first]
-    adapters = random_adapters({f"{block}.{first}": (8, 8)}, rank=3, alpha=6.0)
-    adapters |= random_adapters({f"{block}.{name}": (8, 8) for name in others}, rank=1, alpha=0.5)
-    state, metadata = write_adapters(adapters, "kohya", "flux")
-    back = read_adapters(state, metadata)
-    for name, adapter in adapters.items():
-        assert back[name].rank == adapter.rank
-        torch.testing.assert_close(delta(back[name]), delta(adapter))
-
-
-def test_a_dense_fused_adapter_is_split_by_rows(tmp_path: Path) -> None:
-    """Files trained on the fused layer, with either spelling of its matrices."""
-    generator = torch.Generator().manual_seed(0)
-    down, up = torch.randn(6, 8, generator=generator), torch.randn(7 * 8, 6, generator=generator)
-    key = "diffusion_model.single_blocks.3.linear1"
-    file = tmp_path / "dense.safetensors"
-    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, file)
-    back = adapters_of(import_lora(file, tmp_path))
-    parts = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-    order = [f"transformer.single_transformer_blocks.3.{part}" for part in parts]
-    assert set(back) == set(order)
-    whole = torch.cat([delta(back[name]) for name in order])
-    torch.testing.assert_close(whole, up.double() @ down.double())
-    assert len(back[order[3]].up) == 32
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -462,7 +298,7 @@ def test_what_is_not_understood_is_refused() -> None:
         write_adapters({"transformer.x_embedder": adapter}, "kohya", "sd")
 
 
-def test_files_that_cannot_be_read_or_written(tmp_path: Path, runs: dict[str, Path]) -> None:
+def test_files_that_cannot_be_read_or_written(tmp_path: Path, runs: Made) -> None:
     source, out = runs["sd"], tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match="unknown layout 'koya'"):
         export_lora(source, out, "koya")  # type: ignore[arg-type]
@@ -487,7 +323,8 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, runs: dict[str, Pa
     assert not out.exists()
 
 
-def test_the_family_is_told_by_the_run_or_its_layers(tmp_path: Path, runs: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_the_family_is_told_by_the_run_or_its_layers(tmp_path: Path, runs: Made) -> None:
     alone = {name: tmp_path / f"{name}.safetensors" for name in FAMILIES}
     for name, path in alone.items():
         path.write_bytes((runs[name] / LORA_FILE).read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import shutil
 import threading
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 
 from diffalign.backbones.base import LORA_FILE
 from diffalign.config import RunConfig, dump_config
-from diffalign.model_card import CARD, CURVES, card, draw_curves, read_run, write_card
+from diffalign.model_card import CARD, CURVES, card, draw_curves, read_run, render_card, write_card
+from diffalign.public_text import public
 from diffalign.publishing import PublishingError, files_to_publish, push, push_to_hub
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -115,7 +117,8 @@ def test_card_of_a_lora_run(run: Path) -> None:
     assert "diffalign pairs" not in text
     fence = "````"  # longer than the one in the prompt
     inside = text.partition(f"{fence}yaml\n")[2].partition(f"\n{fence}\n")[0]
-    assert yaml.safe_load(inside) == yaml.safe_load((run / "config.yaml").read_text())
+    assert yaml.safe_load(inside) == public(yaml.safe_load((run / "config.yaml").read_text()))
+    assert str(run.parent) not in text
 
 
 def test_licence_and_place_are_the_users(run: Path) -> None:
@@ -196,6 +199,33 @@ def test_folders_without_a_finished_run(run: Path, tmp_path: Path) -> None:
     (run / LORA_FILE).unlink()
     with pytest.raises(ValueError, match="holds no trained weights"):
         write_card(run)
+
+
+def test_a_refiners_example_starts_from_an_image(run: Path) -> None:
+    refiner = dataclasses.replace(read_run(run), family="StableDiffusionXLImg2ImgPipeline")
+    text = render_card(refiner)
+    assert "pipeline_tag: image-to-image" in text
+    assert 'pipe("a red cube", image=image, strength=0.3)' in text
+    assert "image=image" not in render_card(read_run(run))
+
+
+def test_both_experts_are_loaded(run: Path) -> None:
+    second = run / "pytorch_lora_weights_transformer_2.safetensors"
+    shutil.copy(run / LORA_FILE, second)
+    line = f"pipe.load_lora_weights('ada/aligned', weight_name='{second.name}', load_into_transformer_2=True)"
+    assert line in render_card(read_run(run), repo_id="ada/aligned")
+    assert second.name in files_to_publish(run, read_run(run).weights)
+
+
+def test_weights_that_went_on_from_others_say_so(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "started_from": "/srv/ada/runs/first", "cache": "abc"}))
+    (run / "cache" / "other").mkdir()
+    (run / "cache" / "other" / "manifest.json").write_text("{}")  # the run notes which cache was its own
+    text = render_card(read_run(run))
+    assert "Training went on from the weights `first`, which are contained in these" in text
+    assert "32 pairs of 40 rows" in text
+    assert "/srv/ada" not in text
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -281,7 +311,10 @@ def test_push_uploads_what_explains_the_weights_and_nothing_else(hub: Hub, run: 
         "validation/step-000100.png",
     }
     for name, sent in hub.files.items():
-        assert sent == (run / name).read_bytes(), name
+        if name != "config.yaml":
+            assert sent == (run / name).read_bytes(), name
+    assert yaml.safe_load(hub.files["config.yaml"]) == public(yaml.safe_load((run / "config.yaml").read_text()))
+    assert not any(str(run.parent).encode() in sent for sent in hub.files.values())
     assert b"pipe.load_lora_weights('ada/aligned')" in hub.files[CARD]
     assert hub.created.get("private") or hub.created.get("visibility") == "private"
     assert sum("/commit/" in path for path in hub.requests) == 1

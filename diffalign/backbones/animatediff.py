@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffalign.backbones.loading import ModelSource
 from diffalign.backbones.sd import UNetPolicy
+from diffalign.backbones.trained_weights import ADAPTER
 from diffalign.batches import Conditioning
 
 __all__ = ["AnimateDiffPolicy"]
@@ -42,6 +43,7 @@ class VideoUNetPolicy(UNetPolicy):
     """
 
     is_video = True
+    frame_rate = 8.0
     num_inference_steps = 50
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
@@ -91,9 +93,9 @@ class AnimateDiffPolicy(VideoUNetPolicy):
                 f"use at most {longest}"
             )
 
-    def _inject(self, settings: LoraConfig) -> None:
+    def _inject(self, settings: LoraConfig, name: str = ADAPTER) -> None:
         settings.target_modules = set(_layers(self.denoiser, settings.target_modules or ()))
-        super()._inject(settings)
+        super()._inject(settings, name)
 
     def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # the UNet folds frames into the batch and repeats the time embedding by itself, but not the text

@@ -31,6 +31,7 @@ class CogVideoXPolicy(PipelinePolicy):
     """
 
     is_video = True
+    frame_rate = 8.0
     half_precision_text = True
     guidance_scale = 6.0
     num_inference_steps = 50
@@ -50,6 +51,8 @@ class CogVideoXPolicy(PipelinePolicy):
                 f"use {(self.num_frames - 1) // (2 * compression) * 2 * compression + 1}"
             )
         frames = (self.num_frames - 1) // compression + 1
+        if config.patch_size_t is not None:  # version 1.5, trained on twice as many frames per second
+            self.frame_rate = 16.0
         self._filling = -frames % int(config.patch_size_t or 1)
         height, width = (side // factor for side in self.size)
         self.latent_shape = (int(config.in_channels), frames + self._filling, height, width)

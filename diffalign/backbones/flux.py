@@ -3,8 +3,8 @@
 Black Forest Labs 2024; published as diffusers' `FluxPipeline`. The network reads t in 0..1 (its pipeline divides by
 1000), tokens of 2x2 latent pixels with their positions beside them, and predicts noise - x0. Dev is distilled from
 guidance (Meng et al. 2023, arXiv:2210.03142) and reads the scale as an input; schnell is distilled to a few steps and
-reads none. The resolution-dependent ("dynamic") shift of the timesteps is the sampler's alone: here t is the share of
-noise at every resolution.
+reads none. The resolution-dependent ("dynamic") shift of the timesteps is the sampler's alone, see
+`PipelinePolicy._flow_schedule`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.base import JOINT_ATTENTION, PipelinePolicy
+from diffalign.backbones.options import GuidedOptions, TokenOptions
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["FluxPolicy"]
 
@@ -26,6 +26,10 @@ PATCH = 2
 """Side of the patches that become tokens; the pipelines and the published weights know no other."""
 TIME_UNITS = 1000
 """What the pipelines divide the scheduler's timesteps by; the network multiplies it back before it embeds them."""
+
+
+class FluxOptions(GuidedOptions, TokenOptions):
+    """What FLUX.1 and FLUX.2 can be told."""
 
 
 class FluxPolicy(PipelinePolicy):
@@ -38,37 +42,30 @@ class FluxPolicy(PipelinePolicy):
     Attributes:
         embedded_guidance: The guidance scale that dev's network is told in `predict`, for policy and reference alike.
             The default, 3.5, is what dev is sampled with, so preferences are learnt where they will be used. Official
-            and widely used fine-tuning scripts take values from 1.0 to 3.5; to change it, assign it before training:
-            `policy.embedded_guidance = 1.0`. Sampling has its own `guidance_scale`. Schnell ignores both.
+            and widely used fine-tuning scripts take values from 1.0 to 3.5: `model.options.embedded_guidance`.
+            Sampling has its own `guidance_scale`. Schnell ignores both.
     """
 
+    Options = FluxOptions
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
     half_precision_text = True
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     embedded_guidance: float
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
         config = self.denoiser.config
-        self.schedule = flow_schedule(self.pipeline)
         self.size = image_size(self.pipeline, size)
         factor = int(self.pipeline.vae_scale_factor)
         channels = int(config.in_channels) // PATCH**2
         self.latent_shape = (channels, self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // PATCH**2)
         # Dev and schnell differ in this flag only; schnell was trained with the shorter prompts.
         dev = bool(config.guidance_embeds)
-        self.max_tokens = 512 if dev else 256
+        self.max_tokens = self.options.max_sequence_length or (512 if dev else 256)
         self.guidance_scale = 3.5 if dev else 1.0
         self.num_inference_steps = 28 if dev else 4
-        self.embedded_guidance = self.guidance_scale
+        told = self.options.embedded_guidance
+        self.embedded_guidance = self.guidance_scale if told is None else told
 
     def _encoding_settings(self) -> Mapping[str, Any]:
         return {"max_sequence_length": self.max_tokens}
@@ -102,13 +99,6 @@ class FluxPolicy(PipelinePolicy):
 
     def _sampling_arguments(self, guidance_scale: float) -> dict[str, Any]:
         return {**super()._sampling_arguments(guidance_scale), "max_sequence_length": self.max_tokens}
-
-
-def flow_schedule(pipeline: Any) -> FlowSchedule:
-    """The scheduler's schedule; with a dynamic shift its `shift` is not used, and training knows none."""
-    config = pipeline.scheduler.config
-    shift = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
-    return FlowSchedule(int(config.num_train_timesteps), shift)
 
 
 def image_size(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int]:

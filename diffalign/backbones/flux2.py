@@ -9,6 +9,7 @@ positions have four columns (frame, row, column, place in the text).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,17 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from diffalign.backbones.base import PipelinePolicy
-from diffalign.backbones.flux import PATCH, TIME_UNITS, embedded, flow_schedule, image_size, positions, tokens, untokens
+from diffalign.backbones.base import JOINT_ATTENTION, PipelinePolicy
+from diffalign.backbones.flux import (
+    PATCH,
+    TIME_UNITS,
+    FluxOptions,
+    embedded,
+    image_size,
+    positions,
+    tokens,
+    untokens,
+)
 from diffalign.backbones.loading import LoRA
 from diffalign.batches import Conditioning
 
@@ -35,33 +45,31 @@ class Flux2Policy(PipelinePolicy):
 
     Attributes:
         embedded_guidance: The guidance scale that dev's network is told in `predict`, for policy and reference alike.
-            The default, 4.0, is what dev is sampled with. Official fine-tuning scripts take values from 1.0 to 3.5; to
-            change it, assign it before training: `policy.embedded_guidance = 1.0`. Sampling has its own
-            `guidance_scale`. Klein's network has no such input.
+            The default, 4.0, is what dev is sampled with. Official fine-tuning scripts take values from 1.0 to 3.5:
+            `model.options.embedded_guidance`. Sampling has its own `guidance_scale`. Klein's network has no such input.
     """
 
+    Options = FluxOptions
     half_precision_text = True
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_qkv_mlp_proj",
-    )
+    lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
     guidance_scale = 4.0
     num_inference_steps = 50
     embedded_guidance = 4.0
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        self.schedule = flow_schedule(self.pipeline)
         self.size = image_size(self.pipeline, size)
         factor = int(self.pipeline.vae_scale_factor) * PATCH
         self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
-        self.max_tokens = int(self.pipeline.tokenizer_max_length)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2])
+        self.max_tokens = self.options.max_sequence_length or int(self.pipeline.tokenizer_max_length)
+        if self.options.embedded_guidance is not None:
+            self.embedded_guidance = self.options.embedded_guidance
+
+    def _dynamic_shift(self, tokens: int) -> float:
+        """FLUX.2's own: a formula fitted to lengths and numbers of steps, here the family's usual number."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return math.exp(compute_empirical_mu(tokens, self.num_inference_steps))
 
     def _adapter_settings(self, lora: LoRA) -> LoraConfig:
         """Adds the output projection of the single blocks to the family's layers.

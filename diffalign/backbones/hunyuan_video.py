@@ -13,14 +13,24 @@ from typing import Any
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
-from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.base import JOINT_ATTENTION, PipelinePolicy
+from diffalign.backbones.options import GuidedOptions, PromptTemplate, TokenOptions
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["HunyuanVideoPolicy"]
 
 SIZE, NUM_FRAMES, MAX_TOKENS = (720, 1280), 129, 256
 """The published pipeline's defaults; no configuration holds them. Tokens are counted after the template's cut."""
+
+
+class HunyuanVideoOptions(GuidedOptions, TokenOptions):
+    """What HunyuanVideo can be told.
+
+    Attributes:
+        prompt_template: Instruction around every prompt; its beginning is cut from the embeddings.
+    """
+
+    prompt_template: PromptTemplate | None = None
 
 
 class HunyuanVideoPolicy(PipelinePolicy):
@@ -33,28 +43,20 @@ class HunyuanVideoPolicy(PipelinePolicy):
         embedded_guidance: Scale that `predict` tells the network; `sample` takes its own as `guidance_scale`.
     """
 
+    Options = HunyuanVideoOptions
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
     half_precision_text = True
     is_video = True
+    frame_rate = 24.0
     # Single-stream blocks have no output projection; the two blocks that refine Llama's tokens are reached as well.
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     guidance_scale = 6.0
     num_inference_steps = 50
     prompt_template: Mapping[str, Any] = DEFAULT_PROMPT_TEMPLATE
     embedded_guidance: float = 6.0
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        pipeline, config, scheduler = self.pipeline, self.denoiser.config, self.pipeline.scheduler.config
-        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(scheduler.shift))
+        pipeline, config, options = self.pipeline, self.denoiser.config, self.options
         self.size, self.num_frames = size or SIZE, num_frames or NUM_FRAMES
         space, time = int(pipeline.vae_scale_factor_spatial), int(pipeline.vae_scale_factor_temporal)
         patch = space * int(config.patch_size)
@@ -65,7 +67,13 @@ class HunyuanVideoPolicy(PipelinePolicy):
             )
         frames = (self.num_frames - 1) // time + 1
         self.latent_shape = (int(config.in_channels), frames, self.size[0] // space, self.size[1] // space)
-        self.max_tokens = MAX_TOKENS
+        rows, columns = (side // patch for side in self.size)
+        self.schedule = self._flow_schedule(frames // int(config.patch_size_t) * rows * columns)
+        self.max_tokens = options.max_sequence_length or MAX_TOKENS
+        if options.embedded_guidance is not None:
+            self.embedded_guidance = options.embedded_guidance
+        if options.prompt_template is not None:
+            self.prompt_template = options.prompt_template.model_dump()
         # Llama tokenizers pad on the left unless told otherwise: the template's cut would then take padding and leave
         # the template, and the network, which only counts the mask, would read padding in place of the prompt.
         pipeline.tokenizer.padding_side = "right"

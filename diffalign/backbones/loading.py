@@ -11,7 +11,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from diffalign.backbones.options import FamilyOptions
 from diffalign.predictions import Prediction
+from diffalign.validation import explain
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from diffalign.quantization import Quantization
 
 BUILTIN = "diffalign://"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""Name of a LoRA file in a run's folder, the one diffusers looks for."""
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of published pipelines that nothing here uses; they are not loaded."""
 FAMILIES = {
@@ -194,17 +200,78 @@ def _refuse_pickle(folder: Path, parts: Mapping[str, str | None]) -> None:
         raise ValueError(f"{folder}: {part} has no weights; expected *.safetensors in {here}")
 
 
-def check_tokenizer(name: str, tokenizer: Any) -> None:
+def load_tokenizers(source: ModelSource) -> dict[str, Any]:
+    """All tokenizers of a pipeline by their parts, read and checked before any weights are.
+
+    Raises:
+        ValueError: If one of them has no vocabulary.
+    """
+    import transformers
+
+    found = {}
+    for part, kind in source.parts.items():
+        if part.startswith("tokenizer") and kind is not None and "Tokenizer" in kind:
+            tokenizer = getattr(transformers, kind).from_pretrained(
+                source.location, subfolder=part, revision=source.revision
+            )
+            check_tokenizer(source, part, tokenizer)
+            found[part] = tokenizer
+    return found
+
+
+def check_tokenizer(source: ModelSource, part: str, tokenizer: Any) -> None:
     """Refuses a tokenizer without vocabulary, which transformers 5 makes silently where its files are missing.
+
+    Args:
+        source: The model.
+        part: The tokenizer's folder, such as "tokenizer_2".
+        tokenizer: As it was read.
 
     Raises:
         ValueError: If the tokenizer knows its special tokens only.
     """
-    if tokenizer is not None and set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        here = Path(source.location) / part
+        files = f", only {', '.join(sorted(f.name for f in here.iterdir()))}" if here.is_dir() else ""
         raise ValueError(
-            f"{name}: the tokenizer has no vocabulary, only {len(tokenizer.get_vocab())} special tokens; expected its "
-            "files (vocab.json and merges.txt, or tokenizer.json) in the folder tokenizer: download the model again"
+            f"{source.name}: the {type(tokenizer).__name__} in the folder {part} has no vocabulary, only "
+            f"{len(vocabulary)} special tokens; its files (tokenizer.json, or vocab.json and merges.txt, or "
+            f"spiece.model) are missing there{files}: download the model again"
         )
+
+
+def inner_tokenizer(component: Any) -> Any:
+    """The tokenizer inside a multimodal processor, which some pipelines call their tokenizer; others unchanged."""
+    return getattr(component, "tokenizer", component)
+
+
+def check_options(source: ModelSource, options: Mapping[str, Any]) -> FamilyOptions:
+    """The settings of `model.options`, checked by the model's family.
+
+    Raises:
+        ValueError: If a key or a value is not the family's; one line for each.
+    """
+    kind: type[FamilyOptions] = policy_class(source).Options
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        raise ValueError(explain(error, "model.options", kind.model_fields)) from error
+
+
+def check_gradient_checkpointing(source: ModelSource) -> None:
+    """Refuses denoisers that cannot recompute their activations, which diffusers would say after loading them.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    import diffusers
+
+    kind = policy_class(source)
+    for part in (kind.part, *kind.more_parts):
+        name = source.parts.get(part)
+        if name is not None and not getattr(diffusers, name)._supports_gradient_checkpointing:
+            raise ValueError(f"model.gradient_checkpointing: {name} of {source.name} cannot do it; leave it out")
 
 
 def policy_class(source: ModelSource) -> Any:
@@ -219,12 +286,14 @@ def load_policy(
     lora: LoRA | None = None,
     train: bool = False,
     adapter: str | Path | None = None,
+    start: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: str = "native",
     size: tuple[int, int] | None = None,
     num_frames: int | None = None,
     quantization: Quantization | None = None,
+    options: Mapping[str, Any] | None = None,
     revision: str | None = None,
     variant: str | None = None,
 ) -> Policy:
@@ -234,32 +303,41 @@ def load_policy(
         name: Folder, Hub id or `diffalign://shapes`, or the result of `inspect_model`.
         lora: Train these adapters; None with `train` means full fine-tuning.
         train: Whether weights will be trained; keeps a frozen reference.
-        adapter: Trained weights to put on top, as `Policy.save_trained` wrote them.
+        adapter: Trained weights to put on top, as `Policy.save_trained` wrote them; the reference is the base model.
+        start: Trained weights that policy and reference both start from: training goes on from an earlier run, and with
+            `adapter` the two are compared. If it is a LoRA, that one is trained further, and `lora` may say no other.
         dtype: Of the denoiser's frozen weights; trained weights are always float32. None means float32.
         device: Where to run.
         attention: See `diffalign.attention.set_attention`.
         size: Height and width in pixels of what is encoded and drawn; None takes the model's own.
         num_frames: Frames of a video; None takes the model's own.
         quantization: "nf4" or "int8" for the denoiser's frozen weights; see `diffalign.quantization`.
+        options: What the family can be told, by the names of its `Options`.
         revision: Branch, tag or commit on the Hub.
         variant: Weight file variant such as "fp16".
 
     Raises:
         ValueError: If the model cannot be used; see `inspect_model`.
     """
+    from diffalign.backbones.starting import check_start
+
     source = name if isinstance(name, ModelSource) else inspect_model(name, revision, variant)
-    if quantization is not None and train and lora is None:
+    chosen = check_options(source, options or {})
+    first = check_start(source, Path(start), lora) if start is not None else None
+    if quantization is not None and train and lora is None and first is None:
         raise ValueError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
     policy: Policy = policy_class(source).load(
         source,
-        lora=lora,
+        lora=None if first is not None else lora,
         train=train,
+        start=Path(start) if start is not None else None,
         dtype=dtype,
         device=device,
         attention=attention,
         size=size,
         num_frames=num_frames,
         quantization=quantization,
+        options=chosen,
     )
     if adapter is not None:
         policy.load_trained(Path(adapter))

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.options import FlowOptions
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["LTXPolicy"]
 
@@ -31,6 +31,16 @@ TEXT_TOKENS = 128
 """The published pipeline's own default."""
 SIDE = 32
 """The published pipeline refuses other multiples, whatever its autoencoder's stride."""
+
+
+class LTXOptions(FlowOptions):
+    """What LTX-Video can be told.
+
+    Attributes:
+        frame_rate: Frames per second.
+    """
+
+    frame_rate: PositiveFloat | None = None
 
 
 class LTXPolicy(PipelinePolicy):
@@ -44,7 +54,9 @@ class LTXPolicy(PipelinePolicy):
         frame_rate: Frames per second that the network is told, the pipeline's default.
     """
 
+    Options = LTXOptions
     is_video = True
+    reads_frame_rate = True
     half_precision_text = True
     guidance_scale = 3.0
     num_inference_steps = 50
@@ -71,16 +83,9 @@ class LTXPolicy(PipelinePolicy):
             )
         grid = ((self.num_frames - 1) // stride + 1, self.size[0] // factor, self.size[1] // factor)
         self.latent_shape = (int(config.in_channels), *grid)
-        self.schedule = FlowSchedule(int(pipeline.scheduler.config.num_train_timesteps), self._shift(math.prod(grid)))
+        self.schedule = self._flow_schedule(math.prod(grid))
+        self.frame_rate = self.options.frame_rate or self.frame_rate
         self.max_tokens = TEXT_TOKENS
-
-    def _shift(self, tokens: int) -> float:
-        """How far the sampler moves its steps towards noise: more for longer videos (diffusers' "dynamic shift")."""
-        config = self.pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return math.exp(calculate_shift(tokens, *(config[name] for name in names)))
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
         hidden, mask, _, _ = self.pipeline.encode_prompt(

@@ -7,6 +7,7 @@ channel by channel. T5 reads 256 tokens; a mask says which are padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.options import FlowOptions
 from diffalign.batches import Conditioning
 from diffalign.schedules import FlowSchedule
 
@@ -30,8 +32,10 @@ class MochiPolicy(PipelinePolicy):
     """
 
     schedule: FlowSchedule
+    Options = FlowOptions
     half_precision_text = True
     is_video = True
+    frame_rate = 30.0
     # "to_q" alone would also reach the pooling of the prompt, time_embed.pooler.to_q.
     lora_targets = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
     guidance_scale = 4.5
@@ -44,7 +48,6 @@ class MochiPolicy(PipelinePolicy):
                 f"{self.source.name}: Mochi's time runs from noise to data, so its scheduler must have invert_sigmas "
                 f"true, got {scheduler.get('invert_sigmas')}; take scheduler_config.json from genmo/mochi-1-preview"
             )
-        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(scheduler.shift))
         self.size = size or (int(pipeline.default_height), int(pipeline.default_width))
         self.num_frames = num_frames or NUM_FRAMES
         space, time = int(pipeline.vae_spatial_scale_factor), int(pipeline.vae_temporal_scale_factor)
@@ -56,6 +59,7 @@ class MochiPolicy(PipelinePolicy):
             )
         frames = (self.num_frames - 1) // time + 1
         self.latent_shape = (int(config.in_channels), frames, self.size[0] // space, self.size[1] // space)
+        self.schedule = self._flow_schedule(math.prod(self.latent_shape[1:]) // int(config.patch_size) ** 2)
         self.max_tokens = int(config.max_sequence_length)
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:

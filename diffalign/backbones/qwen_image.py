@@ -15,8 +15,9 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from diffalign.backbones.base import PipelinePolicy
-from diffalign.backbones.flux import flow_schedule
+from diffalign.backbones.base import JOINT_ATTENTION, PipelinePolicy
+from diffalign.backbones.options import PromptTemplate, TokenOptions
+from diffalign.backbones.trained_weights import ADAPTER
 from diffalign.batches import Conditioning
 
 __all__ = ["QwenImagePolicy"]
@@ -27,6 +28,16 @@ UNREAD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 """Parts of the last block whose output nothing reads: the text stream ends there."""
 
 
+class QwenImageOptions(TokenOptions):
+    """What Qwen-Image can be told.
+
+    Attributes:
+        prompt_template: Chat around every prompt; its opening is cut from the embeddings.
+    """
+
+    prompt_template: PromptTemplate | None = None
+
+
 class QwenImagePolicy(PipelinePolicy):
     """A `QwenImagePipeline` as a policy; `guidance_scale` is the pipeline's `true_cfg_scale`.
 
@@ -34,17 +45,9 @@ class QwenImagePolicy(PipelinePolicy):
     The template's opening, the same for every prompt, is cut off as the pipeline does.
     """
 
+    Options = QwenImageOptions
     half_precision_text = True
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     guidance_scale = 4.0
     num_inference_steps = 50
     max_sequence_length = 512
@@ -58,7 +61,6 @@ class QwenImagePolicy(PipelinePolicy):
                 self.denoiser.transformer_blocks[-1].get_submodule(name).requires_grad_(False)
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        self.schedule = flow_schedule(self.pipeline)
         self.patch_size = int(self.denoiser.config.patch_size)
         factor = int(self.pipeline.vae_scale_factor)
         side = int(self.pipeline.default_sample_size) * factor
@@ -68,7 +70,13 @@ class QwenImagePolicy(PipelinePolicy):
             raise ValueError(f"size must be multiples of {multiple} pixels here, got {self.size}; choose another")
         channels = int(self.denoiser.config.in_channels) // self.patch_size**2
         self.latent_shape = (channels, self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // self.patch_size**2)
+        self.max_sequence_length = self.options.max_sequence_length or self.max_sequence_length
         self.max_tokens = self.max_sequence_length
+        template = self.options.prompt_template
+        if template is not None:
+            self.pipeline.prompt_template_encode = template.template
+            self.pipeline.prompt_template_encode_start_idx = template.crop_start
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -93,6 +101,7 @@ class QwenImagePolicy(PipelinePolicy):
         return {
             "max_sequence_length": self.max_sequence_length,
             "template": self.pipeline.prompt_template_encode,
+            "crop_start": self.pipeline.prompt_template_encode_start_idx,
             "unconditional": UNCONDITIONAL,
         }
 
@@ -129,7 +138,7 @@ class QwenImagePolicy(PipelinePolicy):
         )[0]
         return pixel_shuffle(output.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
 
-    def _inject(self, settings: LoraConfig) -> None:
+    def _inject(self, settings: LoraConfig, name: str = ADAPTER) -> None:
         """Spells the targets out as full names, without the layers that nothing reads; see `UNREAD`.
 
         Full names, because peft's `exclude_modules` travels in the LoRA file and warns whoever loads it.
@@ -137,9 +146,9 @@ class QwenImagePolicy(PipelinePolicy):
         last = f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}."
         unread = tuple(last + name for name in UNREAD)
         targets = tuple(f".{target}" for target in settings.target_modules or ())
-        names = {name for name, _ in self.denoiser.named_modules() if f".{name}".endswith(targets)}
-        settings.target_modules = {name for name in names if not name.startswith(unread)} or settings.target_modules
-        super()._inject(settings)
+        found = {layer for layer, _ in self.denoiser.named_modules() if f".{layer}".endswith(targets)}
+        settings.target_modules = {layer for layer in found if not layer.startswith(unread)} or settings.target_modules
+        super()._inject(settings, name)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 

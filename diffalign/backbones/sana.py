@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
 from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.options import FlowOptions
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["SanaPolicy"]
 
 _CALL = inspect.signature(SanaPipeline.__call__).parameters
+
+
+class SanaOptions(FlowOptions):
+    """What Sana can be told.
+
+    Attributes:
+        complex_human_instruction: Lines before every prompt; an empty list is none.
+    """
+
+    complex_human_instruction: tuple[str, ...] | None = None
 
 
 class SanaPolicy(PipelinePolicy):
@@ -33,8 +43,9 @@ class SanaPolicy(PipelinePolicy):
     tokens are kept. The empty prompt is encoded without it: that is the pipeline's unconditional branch.
     """
 
-    instruction: ClassVar[tuple[str, ...]] = tuple(_CALL["complex_human_instruction"].default)
-    """Lines of the instruction before every prompt; a subclass with () encodes and draws without one."""
+    Options = SanaOptions
+    instruction: tuple[str, ...] = tuple(_CALL["complex_human_instruction"].default)
+    """Lines of the instruction before every prompt."""
 
     half_precision_text = True
     lora_targets = ("to_q", "to_k", "to_v")
@@ -42,13 +53,13 @@ class SanaPolicy(PipelinePolicy):
     num_inference_steps = 20
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        scheduler = self.pipeline.scheduler.config  # DPM-Solver calls its shift flow_shift, the Euler sampler shift
-        shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
-        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(shift))
         factor = int(self.pipeline.vae_scale_factor)
         side = int(self.denoiser.config.sample_size) * factor
         self.size = size or (side, side)
         self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2])
+        if self.options.complex_human_instruction is not None:
+            self.instruction = self.options.complex_human_instruction
         self.max_tokens = int(_CALL["max_sequence_length"].default)
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:

@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.backbones.base import PipelinePolicy
+from diffalign.backbones.base import JOINT_ATTENTION, PipelinePolicy
+from diffalign.backbones.options import FlowOptions
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["StableDiffusion3Policy"]
+
+PATCH = 2
+"""Side of the patches that become tokens, in every published model."""
 
 
 class StableDiffusion3Policy(PipelinePolicy):
@@ -25,28 +28,19 @@ class StableDiffusion3Policy(PipelinePolicy):
     The conditioning is {"hidden": [B, 77 + 256, width], "pooled": [B, width]}.
     """
 
+    Options = FlowOptions
     encoder_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     half_precision_text = True
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     guidance_scale = 7.0
     num_inference_steps = 28
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        scheduler = self.pipeline.scheduler.config
-        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(scheduler.shift))
         factor = int(self.pipeline.vae_scale_factor)
         side = int(self.denoiser.config.sample_size) * factor
         self.size = size or (side, side)
         self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // PATCH**2)
         self.max_tokens = int(self.pipeline.tokenizer_max_length)
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:

@@ -12,12 +12,12 @@ The published autoencoder overflows in half precision: it stays in float32 whate
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from diffalign.backbones.loading import check_tokenizer
+from diffalign.backbones.loading import ModelSource
 from diffalign.backbones.sd import UNetPolicy
 from diffalign.batches import Conditioning
 
@@ -34,10 +34,9 @@ class StableDiffusionXLPolicy(UNetPolicy):
 
     The conditioning is {"hidden": [B, 77, 768 + 1280], "pooled": [B, 1280]}; the time ids follow from `size`.
 
-    The empty prompt is the pipeline's unconditional branch: all zeros, hidden and pooled, where the pipeline's
-    configuration has `force_zeros_for_empty_prompt` (base and Turbo), else the encoded empty string. A model trained
-    with dropped captions is then guided by what it was trained on. The released Diffusion-DPO script drops captions to
-    the encoded empty string instead, which guidance never shows to these models.
+    The empty prompt, to which dropped captions are set in training, is encoded like any other, as the released
+    Diffusion-DPO code does. Guidance has an unconditional branch of its own where the pipeline's configuration has
+    `force_zeros_for_empty_prompt` (base and Turbo): all zeros, hidden and pooled; see `encode_unconditional`.
 
     SDXL-Turbo (Sauer et al. 2023, arXiv:2311.17042) is known by its scheduler, an ancestral Euler sampler with trailing
     steps; its defaults are four steps, the ones its timestep law trains, and no guidance.
@@ -63,10 +62,7 @@ class StableDiffusionXLPolicy(UNetPolicy):
 
     def _tokenizers(self) -> list[Any]:
         found = [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
-        tokenizers = [tokenizer for tokenizer in found if tokenizer is not None]
-        for tokenizer in tokenizers:
-            check_tokenizer(self.source.name, tokenizer)
-        return tokenizers
+        return [tokenizer for tokenizer in found if tokenizer is not None]
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, special ones included, before any cut; the larger count of the two tokenizers."""
@@ -77,13 +73,17 @@ class StableDiffusionXLPolicy(UNetPolicy):
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False
         )
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=hidden.device)
-            hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"hidden": hidden, "pooled": pooled}
 
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """The pipeline's negative branch: zeros where it forces them, else the encoded empty prompt."""
+        tensors = super().encode_unconditional(count).tensors
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            tensors = {**tensors, **{name: torch.zeros_like(tensors[name]) for name in ("hidden", "pooled")}}
+        return Conditioning(tensors)
+
     def _encoding_settings(self) -> Mapping[str, Any]:
-        return {"force_zeros_for_empty_prompt": bool(self.pipeline.config.force_zeros_for_empty_prompt)}
+        return {"empty_prompt": "encoded"}  # it was zeros once: caches of that time must not be taken for new ones
 
     def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors
@@ -119,17 +119,35 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
     The conditioning is {"hidden": [B, 77, 1280], "pooled": [B, 1280], "aesthetic_score": [B, 1]}; the last is left out
     for models without `requires_aesthetics_score` in their pipeline's configuration, which read six time ids.
 
-    As with the base, the empty prompt is the pipeline's unconditional branch, so its score is the negative one, 2.5;
-    all others have 6. The refiner improves images and draws none from noise: `refine` takes the place of `sample`.
+    Every prompt has the score 6, the empty one too, as in Diffusion-DPO's training; the pipeline's unconditional branch
+    has 2.5. The refiner improves images and draws none from noise: `refine` takes the place of `sample`.
     Train it with `timestep_sampling: refiner`, the lowest-noise fifth that it knows.
     """
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
         tensors = dict(super()._embed(prompts))
         if self.pipeline.config.requires_aesthetics_score:
-            scores = [[NEGATIVE_AESTHETIC_SCORE if prompt == "" else AESTHETIC_SCORE] for prompt in prompts]
-            tensors["aesthetic_score"] = torch.tensor(scores, device=self.device)
+            tensors["aesthetic_score"] = torch.full((len(prompts), 1), AESTHETIC_SCORE, device=self.device)
         return tensors
+
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """The pipeline's negative branch, which claims a low score; see `StableDiffusionXLPolicy`."""
+        tensors = dict(super().encode_unconditional(count).tensors)
+        if "aesthetic_score" in tensors:
+            tensors["aesthetic_score"] = torch.full_like(tensors["aesthetic_score"], NEGATIVE_AESTHETIC_SCORE)
+        return Conditioning(tensors)
+
+    @classmethod
+    def check_sampling(cls, source: ModelSource) -> NoReturn:
+        """Refuses: a refiner starts from images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{source.name}: a refiner cannot draw from noise; draw with the base model's policy and give its "
+            "images to refine(images, prompts, seeds)"
+        )
 
     def _encoding_settings(self) -> Mapping[str, Any]:
         scored = bool(self.pipeline.config.requires_aesthetics_score)
@@ -149,15 +167,8 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
         num_inference_steps: int | None = None,
         reference: bool = False,
     ) -> Tensor:
-        """Refuses: a refiner starts from images.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"{self.source.name}: a refiner cannot draw from noise; draw with the base model's policy and give its "
-            "images to refine(images, prompts, seeds)"
-        )
+        """Refuses, see `check_sampling`."""
+        self.check_sampling(self.source)
 
     @torch.no_grad()
     def refine(

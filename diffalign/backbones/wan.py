@@ -16,7 +16,6 @@ Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (arX
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +27,9 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffalign.backbones.base import ADAPTER, LORA_FILE, PipelinePolicy, halve
-from diffalign.backbones.loading import LoRA
+from diffalign.backbones.options import FlowOptions
+from diffalign.backbones.trained_weights import adapter_metadata
 from diffalign.batches import Conditioning
-from diffalign.schedules import FlowSchedule
 
 __all__ = ["WanPolicy"]
 
@@ -55,7 +54,9 @@ class WanPolicy(PipelinePolicy):
             any other scale holds for both experts, as in the pipeline. None for a single expert.
     """
 
+    Options = FlowOptions
     is_video = True
+    frame_rate = 16.0
     half_precision_text = True
     more_parts = ("transformer_2",)
     guidance_scale = 5.0
@@ -75,19 +76,15 @@ class WanPolicy(PipelinePolicy):
             self.part = "transformer_2"  # type: ignore[misc]
         return high if high is not None else low
 
-    @property
-    def _experts(self) -> dict[str, Any]:
+    def _modules(self) -> dict[str, Any]:
         """Parts of the pipeline that are trained, in the order of falling noise."""
         return self.denoiser.parts() if isinstance(self.denoiser, Experts) else {self.part: self.denoiser}
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        pipeline, config = self.pipeline, next(iter(self._experts.values())).config
-        scheduler = pipeline.scheduler.config
-        shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
-        self.schedule = FlowSchedule(int(scheduler.num_train_timesteps), float(shift))
+        pipeline, config = self.pipeline, next(iter(self._modules().values())).config
         self.size, self.num_frames = (480, 832), 81
         if pipeline.config.expand_timesteps:
-            self.size, self.num_frames = (704, 1280), 121
+            self.size, self.num_frames, self.frame_rate = (704, 1280), 121, 24.0
         elif isinstance(self.denoiser, Experts):
             self.size, self.num_inference_steps = (720, 1280), 40
             self.guidance_scale, self.guidance_scale_2 = 4.0, 3.0
@@ -105,6 +102,7 @@ class WanPolicy(PipelinePolicy):
             )
         frames = (self.num_frames - 1) // stride + 1
         self.latent_shape = (int(config.in_channels), frames, self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(math.prod(self.latent_shape[1:]) // math.prod(config.patch_size))
         self.max_tokens = TEXT_TOKENS
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
@@ -147,54 +145,40 @@ class WanPolicy(PipelinePolicy):
 
     def save_trained(self, folder: Path) -> None:
         """LoRA: a file for each expert, see the class. Full: `transformer/`, `transformer_2/`."""
-        for part, expert in self._experts.items():
+        for part, expert in self._modules().items():
             if self.lora is None:
                 expert.save_pretrained(folder / part)
                 continue
-            settings = expert.peft_config[ADAPTER].to_dict()
             type(self.pipeline).save_lora_weights(
                 folder,
                 weight_name=self._lora_file(part),
                 safe_serialization=True,
                 transformer_lora_layers=get_peft_model_state_dict(expert, adapter_name=ADAPTER),
-                transformer_lora_adapter_metadata={
-                    k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()
-                },
+                transformer_lora_adapter_metadata=adapter_metadata(expert),
             )
 
-    def load_trained(self, folder: Path) -> None:
-        """Reads `save_trained`'s folder.
+    def _has_lora(self, folder: Path) -> bool:
+        return all((folder / self._lora_file(part)).is_file() for part in self._modules())
 
-        Raises:
-            ValueError: If neither LoRA files nor weights of all experts are there.
-        """
-        experts = self._experts
-        if all((folder / self._lora_file(part)).is_file() for part in experts):
-            for part, expert in experts.items():
-                if self.lora is not None:
-                    expert.delete_adapters(ADAPTER)
-                # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
-                state, metadata = self.pipeline.lora_state_dict(
-                    folder, weight_name=self._lora_file(part), return_lora_metadata=True
-                )
-                self.pipeline.load_lora_into_transformer(state, expert, ADAPTER, self.pipeline, metadata=metadata)
-            config = next(iter(experts.values())).peft_config[ADAPTER]
-            targets = tuple(sorted(config.target_modules))
-            self.lora = LoRA(
-                config.r, config.lora_alpha, targets, use_dora=config.use_dora, use_rslora=config.use_rslora
+    def _lora_names(self) -> str:
+        return " and ".join(map(self._lora_file, self._modules()))
+
+    def _load_adapter(self, folder: Path) -> None:
+        experts = self._modules()
+        for part, expert in experts.items():
+            if self.lora is not None:
+                expert.delete_adapters(ADAPTER)
+            # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
+            state, metadata = self.pipeline.lora_state_dict(
+                folder, weight_name=self._lora_file(part), return_lora_metadata=True
             )
-            self._upcast_adapter()
-        elif all(any((folder / part).glob("*.safetensors")) for part in experts):
-            self._frozen = self._frozen or copy.deepcopy(self.denoiser).requires_grad_(False)
-            for part, expert in experts.items():
-                trained = type(expert).from_pretrained(folder / part, torch_dtype=expert.dtype)
-                expert.load_state_dict(trained.state_dict())
-        else:
-            wanted = " and ".join(map(self._lora_file, experts))
-            raise ValueError(
-                f"{folder}: expected {wanted}, or safetensors in {' and '.join(experts)}; found neither in full"
-            )
-        self.denoiser.eval()
+            self.pipeline.load_lora_into_transformer(state, expert, ADAPTER, self.pipeline, metadata=metadata)
+        self._take_settings(next(iter(experts.values())).peft_config[ADAPTER])
+
+    def _put(self, states: Mapping[str, Mapping[str, Tensor]], module: Any) -> None:
+        parts = module.parts() if isinstance(module, Experts) else {self.part: module}
+        for part, expert in parts.items():
+            expert.load_state_dict(states[part])
 
     def _lora_file(self, part: str) -> str:
         """Name of an expert's LoRA file: the first one's is what diffusers looks for.
@@ -202,7 +186,7 @@ class WanPolicy(PipelinePolicy):
         The second has a name and not a folder of its own: with a file of the usual name in sight, diffusers reads that
         one whatever `subfolder` says.
         """
-        return LORA_FILE if part == next(iter(self._experts)) else f"{Path(LORA_FILE).stem}_{part}.safetensors"
+        return LORA_FILE if part == next(iter(self._modules())) else f"{Path(LORA_FILE).stem}_{part}.safetensors"
 
 
 class Experts(nn.Module):
@@ -261,16 +245,6 @@ class Experts(nn.Module):
         """One adapter of the same settings for each expert."""
         for expert in self.parts().values():
             expert.add_adapter(settings, adapter_name=adapter_name)
-
-    def enable_adapters(self) -> None:
-        """Switches both adapters on."""
-        for expert in self.parts().values():
-            expert.enable_adapters()
-
-    def disable_adapters(self) -> None:
-        """Switches both adapters off."""
-        for expert in self.parts().values():
-            expert.disable_adapters()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes both experts' activations in the backward pass."""

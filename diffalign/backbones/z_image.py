@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffalign.backbones.base import PipelinePolicy
-from diffalign.backbones.flux import flow_schedule
+from diffalign.backbones.options import TokenOptions
 from diffalign.batches import Conditioning
 
 __all__ = ["ZImagePolicy"]
@@ -36,6 +36,7 @@ class ZImagePolicy(PipelinePolicy):
     tells it from the base model, so it is known by "turbo" in its name.
     """
 
+    Options = TokenOptions
     half_precision_text = True
     guidance_scale = 5.0
     num_inference_steps = 50
@@ -43,13 +44,15 @@ class ZImagePolicy(PipelinePolicy):
     """Tokens that are kept, the chat template's included; the default of the pipeline's call."""
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
-        self.schedule = flow_schedule(self.pipeline)
         factor = int(self.pipeline.vae_scale_factor)
         self.size = size or (DEFAULT_SIDE, DEFAULT_SIDE)
-        multiple = factor * int(self.denoiser.config.all_patch_size[0])
+        patch = int(self.denoiser.config.all_patch_size[0])
+        multiple = factor * patch
         if any(length % multiple for length in self.size):
             raise ValueError(f"size must be multiples of {multiple} pixels here, got {self.size}; choose another")
         self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // patch**2)
+        self.max_sequence_length = self.options.max_sequence_length or self.max_sequence_length
         self.max_tokens = self.max_sequence_length
         if "turbo" in Path(self.source.name).name.lower():
             self.guidance_scale, self.num_inference_steps = TURBO_GUIDANCE, TURBO_STEPS

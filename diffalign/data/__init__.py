@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffalign.data.encoding import encode_pairs
     from diffalign.data.images import CorruptImageError, ImageSource
     from diffalign.data.loading import check_source, load_pairs
+    from diffalign.data.media import check_media
     from diffalign.data.pairs import Pair, PairList, PairSet, ReadReport
     from diffalign.data.source import PairSource
 
@@ -28,12 +29,14 @@ __all__ = [
     "PairSet",
     "PairSource",
     "ReadReport",
+    "check_media",
     "check_source",
     "encode_pairs",
     "load_pairs",
 ]
 
 _HOMES = {
+    "media": ("check_media",),
     "config": ("DataConfig",),
     "encoded": ("EncodedPairs",),
     "encoding": ("encode_pairs",),

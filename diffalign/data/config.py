@@ -1,13 +1,14 @@
-"""Where preference pairs come from and how their images are prepared: the `data` part of a config."""
+"""Where preference pairs come from and how images or clips are prepared: the `data` part of a config."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FormatName = Literal["auto", "pickapic", "chosen_rejected", "folder"]
+Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
 class DataConfig(BaseModel):
@@ -23,23 +24,26 @@ class DataConfig(BaseModel):
         format: What the columns mean; "auto" decides by their names.
         index: Index file of `train_data_dir`, if it is not called index.jsonl or index.parquet.
         caption_column: Column of the prompts; default `caption` for Pick-a-Pic, else `prompt`.
-        chosen_column: Column of the preferred images.
-        rejected_column: Column of the other images.
-        image_0_column: First image of a Pick-a-Pic row.
-        image_1_column: Second image of a Pick-a-Pic row.
-        label_column: 1 if the first image won, 0 if the second, 0.5 for a tie.
+        chosen_column: Column of the preferred images or clips.
+        rejected_column: Column of the other images or clips.
+        image_0_column: First image or clip of a Pick-a-Pic row.
+        image_1_column: Second image or clip of a Pick-a-Pic row.
+        label_column: 1 if the first one won, 0 if the second, 0.5 for a tie.
         weight_column: Column of weights in the loss; used if it is there, required if set.
         id_column: Column of unique row names; default `id` if there is one (Pick-a-Pic: the row number).
         drop_identical: Drop rows whose `are_different` is false: the same picture twice.
         max_train_samples: Keep only the first so many pairs.
-        resolution: Side of the training images in pixels; None takes the model's own.
-        center_crop: Crop the centre; a random crop cannot be cached and is refused.
-        random_flip: Mirror both images of a pair at half of their visits; contradicts prompts with left and right.
+        resolution: Side of the training images in pixels, or [height, width]; None takes the model's own.
+        fps: Frames per second that clips are read at, as many as `model.num_frames`; None takes the model's own.
+        center_crop: Crop the centre. If false, for clips only, both clips of a pair are cropped at one place, drawn for
+            the pair once and for all; for images, whose random crops change at every visit, this is refused.
+        random_flip: Mirror both halves of a pair at half of their visits; contradicts prompts with left and right.
         cache_dir: Where downloaded data sets are kept; None is the folder of the `datasets` library.
         encoded_dir: Where encoded latents and prompts are kept; None leaves the choice to the caller.
         cache: Keep the moments of the posterior and draw from them at each visit, or one frozen sample.
         cache_dtype: Type of the cached latents and embeddings on disk; arithmetic is float32 either way.
-        encode_batch_size: Images per call of the autoencoder while the cache is made.
+        encode_batch_size: Images or clips per call of the autoencoder while the cache is made; None takes 8 images or
+            1 clip.
         max_corrupt_fraction: More unreadable pairs than this fraction stop the run.
     """
 
@@ -62,14 +66,15 @@ class DataConfig(BaseModel):
     id_column: str | None = None
     drop_identical: bool = False
     max_train_samples: int | None = Field(default=None, ge=1)
-    resolution: int | None = Field(default=None, ge=8, multiple_of=8)
+    resolution: Side | tuple[Side, Side] | None = None
+    fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
     center_crop: bool = True
     random_flip: bool = False
     cache_dir: Path | None = None
     encoded_dir: Path | None = None
     cache: Literal["moments", "sample"] = "moments"
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
-    encode_batch_size: int = Field(default=8, ge=1)
+    encode_batch_size: int | None = Field(default=None, ge=1)
     max_corrupt_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
 
     @model_validator(mode="after")
@@ -77,11 +82,12 @@ class DataConfig(BaseModel):
         if (self.dataset_name is None) == (self.train_data_dir is None):
             found = "neither" if self.dataset_name is None else "both"
             raise ValueError(f"data needs dataset_name or train_data_dir, found {found}; set exactly one")
-        if not self.center_crop:
-            raise ValueError(
-                "center_crop is false: a random crop changes at every visit, which cached latents cannot follow; "
-                "set center_crop: true"
-            )
         if self.index is not None and self.train_data_dir is None:
             raise ValueError(f"index {self.index!r} names a file of train_data_dir, which is not set")
         return self
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, None where the model decides."""
+        side = self.resolution
+        return (side, side) if isinstance(side, int) else side

@@ -18,16 +18,21 @@ from diffalign.data.pairs import ReadReport
 
 MANIFEST = "manifest.json"
 TEXT = "text."
-"""Before the name of a conditioning tensor in a shard."""
+"""Before the name of a conditioning tensor in a file."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """The file of one shard."""
+    """The file of one shard of pairs."""
     return folder / f"shard-{number:06d}.safetensors"
 
 
-def read_shard_header(path: Path) -> dict[str, Any] | None:
-    """What a shard says about itself, None if there is no such file or it is damaged."""
+def text_path(folder: Path, number: int) -> Path:
+    """The file of one part of the prompts."""
+    return folder / f"text-{number:06d}.safetensors"
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """What a file of the cache says about itself, None if there is no such file or it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads(file.metadata()["shard"])
@@ -55,32 +60,36 @@ class _Store:
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} holds no finished cache ({MANIFEST} is missing); run the encoding again")
         manifest = json.loads((folder / MANIFEST).read_text())
-        ids, places, prompt_of, prompts, text_places = [], [], [], [], []
+        ids, places, prompts, text_places = [], [], [], []
         weights: list[float] = []
+        prompt_of_pair: list[str] = []
         files: list[Any] = []
-        for number in range(manifest["shards"]):
-            path = shard_path(folder, number)
-            header = read_shard_header(path)
+        shards = [shard_path(folder, number) for number in range(manifest["shards"])]
+        texts = [text_path(folder, number) for number in range(manifest["text_shards"])]
+        for number, path in enumerate([*shards, *texts]):
+            header = read_header(path)
             if header is None or header["fingerprint"] != manifest["fingerprint"]:
                 raise ValueError(f"{path} is missing or damaged; remove {folder / MANIFEST} to have it encoded again")
             files.append(safe_open(path, framework="pt"))
-            ids += header["ids"]
-            weights += header["weights"]
-            places += [(number, row) for row in range(len(header["ids"]))]
-            prompt_of += header["prompt_of"]
-            prompts += header["new_prompts"]
-            text_places += [(number, row) for row in range(len(header["new_prompts"]))]
-        names = sorted(name for name in files[0].keys() if name.startswith(TEXT))  # noqa: SIM118 - no mapping
+            if number < len(shards):
+                ids += header["ids"]
+                weights += header["weights"]
+                prompt_of_pair += header["prompts"]
+                places += [(number, row) for row in range(len(header["ids"]))]
+            else:
+                prompts += header["prompts"]
+                text_places += [(number, row) for row in range(len(header["prompts"]))]
+        number_of = {prompt: number for number, prompt in enumerate(prompts)}
         return _Store(
             manifest,
             tuple(files),
             tuple(ids),
             torch.tensor(weights),
             tuple(places),
-            tuple(prompt_of),
+            tuple(number_of[prompt] for prompt in prompt_of_pair),
             tuple(prompts),
             tuple(text_places),
-            tuple(names),
+            tuple(sorted(files[-1].keys())),
         )
 
     def gather(self, name: str, places: Sequence[tuple[int, int]]) -> Tensor:

@@ -1,14 +1,17 @@
 """Encodes preference pairs once: latents and text embeddings in an on-disk cache that survives being killed.
 
-The cache is a folder named by a hash of model, preprocessing and data. It holds shards of `SHARD_SIZE` consecutive
-pairs, each written to a temporary file and renamed, with everything the next ones build on in its own header.
-Shards and the batches in them are fixed by the order of the data alone, so a cache that was interrupted anywhere
-equals one that was not, bit for bit.
+The cache is a folder named by a hash of model, preprocessing and data. First the latents: shards of `SHARD_SIZE`
+consecutive pairs, each written to a temporary file and renamed, none of which needs another, so that several processes
+can deal them among themselves. Then the text: each prompt once, in files of as many prompts. Shards and the batches in
+them are fixed by the order of the data alone, so a cache that was interrupted anywhere, or made by any number of
+processes, equals one that was not, bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,16 +31,20 @@ from tqdm import tqdm
 from diffalign.batches import Conditioning, Moments
 from diffalign.data.config import DataConfig
 from diffalign.data.disk import locked, write_whole
-from diffalign.data.encoded import MANIFEST, TEXT, EncodedPairs, read_shard_header, shard_path
-from diffalign.data.images import TRANSFORM_VERSION, CorruptImageError, ImageSource, pixels, to_unit_range
+from diffalign.data.encoded import MANIFEST, TEXT, EncodedPairs, read_header, shard_path, text_path
+from diffalign.data.images import to_unit_range
 from diffalign.data.loading import no_usable_pair
-from diffalign.data.pairs import Pair, PairReader, PairSet, ReadReport, refuse_duplicates
+from diffalign.data.media import MediaSize, Preparation, check_media
+from diffalign.data.pairs import Pair, PairSet, ReadReport, State, refuse_duplicates
+from diffalign.processes import ALONE, Processes, own_files
 from diffalign.randomness import Draw
 
 _log = logging.getLogger("diffalign")
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SHARD_SIZE = 256
+CLIP_SHARD_SIZE = 16
+"""For clips, whose latents are megabytes each and minutes of work."""
 REPORT = "report.json"
 _BOOKMARK = "bookmark.json"
 _EARLY_VERDICT = 1000
@@ -48,13 +55,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Encoder(Protocol):
-    """The part of a `Policy` that turns images and prompts into tensors."""
-
-    @property
-    def resolution(self) -> int:
-        """Default image side in pixels."""
-        ...
+class Encoder(MediaSize, Protocol):
+    """The part of a `Policy` that turns images or clips and prompts into tensors."""
 
     @property
     def max_tokens(self) -> int:
@@ -79,127 +81,155 @@ class Encoder(Protocol):
 
 
 def encode_pairs(
-    pairs: PairSet, policy: Encoder, config: DataConfig, root: Path, *, shard_size: int = SHARD_SIZE
+    pairs: PairSet,
+    policy: Encoder,
+    config: DataConfig,
+    root: Path,
+    *,
+    shard_size: int | None = None,
+    processes: Processes = ALONE,
 ) -> EncodedPairs:
     """The encoded pairs, from the cache if they are there, otherwise encoded into it.
 
-    Safe to call from several processes at once: one encodes, the others wait for it.
+    Safe to call from several processes that do not know each other: one encodes, the others wait for it.
 
     Args:
         pairs: What to encode.
         policy: Its autoencoder and text encoder are used, unless the cache is complete.
         config: Preprocessing and what to keep.
         root: Folder of all caches; this one becomes a subfolder.
-        shard_size: Pairs per file; at most so much work is lost when the process is killed.
+        shard_size: Pairs per file; at most so much work is lost when the process is killed. None takes 256 pairs of
+            images or 16 of clips.
+        processes: Who shares the work, each calling this with the same arguments; the cache is the same for any number
+            of them, and a rerun may have another number. Each of them reads the whole of a stream.
 
     Raises:
-        ValueError: If no pair is usable, more than `max_corrupt_fraction` of them cannot be read, or the autoencoder
-            gives values that are not finite.
+        ValueError: If no pair is usable, more than `max_corrupt_fraction` of them cannot be read, the data hold images
+            where the model takes clips or the other way round, or the autoencoder gives values that are not finite.
         OSError: If the cache cannot be written; finished shards stay and are used by the next call.
     """
-    key = cache_key(pairs, policy, config, shard_size)
-    fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = root / fingerprint
-    with locked(folder):
-        if not (folder / MANIFEST).is_file():
-            _Encoding(pairs, policy, config, folder, fingerprint, shard_size).run(key)
-    _warn_of_long_prompts(json.loads((folder / MANIFEST).read_text()), policy.max_tokens)
-    return EncodedPairs.open(folder)
-
-
-def cache_key(pairs: PairSet, policy: Encoder, config: DataConfig, shard_size: int = SHARD_SIZE) -> dict[str, Any]:
-    """Everything that decides what is in the cache: model, preprocessing, layout and data."""
-    return {
-        "version": [CACHE_VERSION, TRANSFORM_VERSION],
+    if shard_size is None:
+        shard_size = CLIP_SHARD_SIZE if policy.is_video else SHARD_SIZE
+    preparation = Preparation(config, policy)
+    key = {
+        "version": CACHE_VERSION,
         "encoder": policy.encoder_fingerprint(),
         "data": pairs.fingerprint,
-        "resolution": config.resolution or policy.resolution,
-        "crop": "center",
-        "views": 2 if config.random_flip else 1,
+        **preparation.key(),
         "cache": config.cache,
         "cache_dtype": config.cache_dtype,
         "shard_size": shard_size,
     }
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A pair's images, uint8 [3, H, W]: chosen then rejected, each plain and, if wanted, mirrored; or why not."""
-
-    pair: Pair
-    images: tuple[Tensor, ...] = ()
-    reason: str = ""
+    fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = root / fingerprint
+    with contextlib.ExitStack() as held:
+        if processes.is_first:
+            held.enter_context(locked(folder))
+        if not processes.on_first((folder / MANIFEST).is_file):
+            check_media(pairs, policy)
+            _Encoding(pairs, policy, config, preparation, folder, fingerprint, shard_size, processes).run(key)
+    if processes.is_first:
+        _warn_of_long_prompts(json.loads((folder / MANIFEST).read_text()), policy.max_tokens)
+    return EncodedPairs.open(folder)
 
 
 @dataclass
 class _Encoding:
-    """One encoding run: the state that grows from shard to shard."""
+    """One encoding run of one process, and what it knows of the pairs it has seen."""
 
     pairs: PairSet
     policy: Encoder
     config: DataConfig
+    preparation: Preparation
     folder: Path
     fingerprint: str
     shard_size: int
-    shards: int = 0
+    processes: Processes
     seen: int = 0
-    ids: list[str] = field(default_factory=list)
-    prompts: dict[str, int] = field(default_factory=dict)
     corrupt: list[dict[str, str]] = field(default_factory=list)
-    long_prompts: int = 0
 
     def run(self, key: dict[str, Any]) -> None:
+        finished, bookmark = self.processes.on_first(self._take_up)
+        shards, read = self._encode_latents(finished, bookmark)
+        self.processes.wait()
+        prompts = self.processes.on_first(lambda: self._look_over(shards, read))
+        self._encode_text(prompts)
+        self.processes.wait()
+        self.processes.on_first(lambda: self._finish(key, shards, prompts, read))
+
+    def _take_up(self) -> tuple[set[int], State]:
+        """The shards that an earlier run finished, and from where on to read.
+
+        The bookmark spares a stream from being read again; if a shard before it was damaged, it is too new.
+        """
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
-        reader = self._take_up_finished_shards()
+        finished = set()
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            header = read_header(path)
+            if header is not None and header["fingerprint"] == self.fingerprint:
+                finished.add(header["number"])
+                self._count(header)
         if self.seen:
             _log.info("%s: %d pairs are encoded already", self.pairs.name, self.seen)
-        with (
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode") as pool,
-            tqdm(total=self.pairs.size, initial=self.seen, desc="encoding pairs", unit="pair") as bar,
-        ):
-            while chunk := list(islice(reader, self.shard_size)):
-                bookmark = {"shards": self.shards + 1, "seen": self.seen + len(chunk), "state": reader.state()}
-                self._encode_shard(chunk, pool, bar)
-                write_whole(self.folder / _BOOKMARK, json.dumps(bookmark).encode())
-                self._refuse_corrupt(reader.report, finished=False)
-        self._finish(key, reader.report)
-
-    def _take_up_finished_shards(self) -> PairReader:
-        """Counts what an earlier run left; returns a reader that stands behind it.
-
-        The bookmark spares a stream from being read again. It may be older than the last shard, or, if a shard was
-        damaged, too new; then the pairs in between are read and passed over.
-        """
-        bookmark: dict[str, Any] | None = None
+        bookmark: State = {"shards": 0, "state": None}
         if (self.folder / _BOOKMARK).is_file():
             bookmark = json.loads((self.folder / _BOOKMARK).read_text())
-        while (header := read_shard_header(shard_path(self.folder, self.shards))) is not None:
-            if header["fingerprint"] != self.fingerprint:
-                break
-            self._count(header)
-        if bookmark is None or bookmark["shards"] > self.shards:
-            bookmark = {"seen": 0, "state": None}
-        reader = self.pairs.reader(bookmark["state"])
-        for _ in islice(reader, self.seen - bookmark["seen"]):
-            pass
-        return reader
+        if not finished.issuperset(range(bookmark["shards"])):
+            bookmark = {"shards": 0, "state": None}
+        return finished, bookmark
 
     def _count(self, header: dict[str, Any]) -> None:
-        self.shards += 1
         self.seen += header["seen"]
-        self.ids += header["ids"]
         self.corrupt += header["corrupt"]
-        self.long_prompts += header["long_prompts"]
-        for prompt in header["new_prompts"]:
-            self.prompts.setdefault(prompt, len(self.prompts))
 
-    def _encode_shard(self, chunk: list[Pair], pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
+    def _encode_latents(self, finished: set[int], bookmark: State) -> tuple[int, ReadReport]:
+        """Writes this process's shards; gives the number of all shards, and what became of the rows that it read."""
+        reader = self.pairs.reader(bookmark["state"])
+        number = bookmark["shards"]
+        turns = itertools.cycle(range(self.processes.count))
+        states: dict[int, State] = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode") as pool, self._progress(finished) as bar:
+            while True:
+                mine = number not in finished and next(turns) == self.processes.rank
+                chunk = list(islice(reader, self.shard_size)) if mine else []
+                if not chunk and (mine or not reader.skip(self.shard_size)):
+                    return number, reader.report
+                states[number + 1] = {"shards": number + 1, "state": reader.state()}
+                if mine:
+                    self._encode_shard(number, chunk, pool, bar)
+                    self._write_bookmark(states)
+                    self._refuse_corrupt(reader.report, finished=False)
+                number += 1
+
+    def _write_bookmark(self, states: dict[int, State]) -> None:
+        """Notes the last place, of those in `states`, before which all shards are there; older ones are forgotten."""
+        if not self.processes.is_first:
+            states.clear()
+            return
+        reached: State | None = None
+        while states and shard_path(self.folder, min(states) - 1).exists():
+            reached = states.pop(min(states))
+        if reached is not None:
+            write_whole(self.folder / _BOOKMARK, json.dumps(reached).encode())
+
+    def _progress(self, finished: set[int]) -> tqdm[Any]:
+        """A bar over all pairs; of several processes the first shows its own part."""
+        total, initial, size = self.pairs.size, self.seen, self.shard_size
+        if self.processes.count > 1:
+            initial = 0
+            if total is not None:
+                left = [number for number in range(-(-total // size)) if number not in finished]
+                total = sum(min(size, total - number * size) for number in self.processes.share(left))
+        label, hidden = self.processes.label("encoding pairs"), not self.processes.is_first
+        return tqdm(total=total, initial=initial, desc=label, unit="pair", disable=hidden)
+
+    def _encode_shard(self, number: int, chunk: list[Pair], pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
         kept: list[Pair] = []
         corrupt: list[dict[str, str]] = []
 
         def images() -> Iterator[Tensor]:
-            for decoded in _ahead(pool, self._decode, chunk, 2 * self.config.encode_batch_size):
+            for decoded in _ahead(pool, self.preparation.decode, chunk, 2 * self.preparation.batch_size):
                 bar.update()
                 if decoded.reason:
                     corrupt.append({"id": decoded.pair.pair_id, "reason": decoded.reason})
@@ -208,42 +238,26 @@ class _Encoding:
                     yield from decoded.images
 
         tensors = self._latents(images(), kept)
-        first = [""] if self.shards == 0 else []  # the empty prompt is number 0
-        prompts = [pair.prompt for pair in kept]
-        new = [prompt for prompt in dict.fromkeys(first + prompts) if prompt not in self.prompts]
-        number = {prompt: len(self.prompts) + i for i, prompt in enumerate(new)}
-        tensors |= self._text(new)
         header = {
             "fingerprint": self.fingerprint,
+            "number": number,
             "ids": [pair.pair_id for pair in kept],
             "weights": [pair.weight for pair in kept],
-            "prompt_of": [number[p] if p in number else self.prompts[p] for p in prompts],
-            "new_prompts": new,
-            "long_prompts": sum(n > self.policy.max_tokens for n in self.policy.token_counts(new)) if new else 0,
+            "prompts": [pair.prompt for pair in kept],
             "corrupt": corrupt,
             "seen": len(chunk),
         }
-        content = safetensors.torch.save(tensors, metadata={"shard": json.dumps(header)})
-        write_whole(shard_path(self.folder, self.shards), content)
+        self._write(shard_path(self.folder, number), tensors, header)
         self._count(header)
 
-    def _decode(self, pair: Pair) -> _Decoded:
-        side = self.config.resolution or self.policy.resolution
-        images: list[Tensor] = []
-        sources: tuple[tuple[str, ImageSource], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
-        for member, source in sources:
-            try:
-                image = pixels(source.decode(), side)
-            except CorruptImageError as error:
-                return _Decoded(pair, reason=f"{member}: {error}")
-            images += [image, image.flip(-1)] if self.config.random_flip else [image]
-        return _Decoded(pair, tuple(images))
+    def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        write_whole(path, safetensors.torch.save(tensors, metadata={"shard": json.dumps(header)}))
 
     def _latents(self, images: Iterator[Tensor], kept: list[Pair]) -> dict[str, Tensor]:
         """Tensors [pairs, views, C, ...] of a shard, by name; `kept` grows while `images` is read."""
         means, stds = [], []
         views = 2 if self.config.random_flip else 1
-        for batch in _groups(images, self.config.encode_batch_size):
+        for batch in _groups(images, self.preparation.batch_size):
             with torch.no_grad():
                 moments = self.policy.encode(to_unit_range(torch.stack(batch)))
             means.append(moments.mean.float().cpu())
@@ -269,14 +283,60 @@ class _Encoding:
                 tensors[f"{name}.std"] = self._stored(std[:, member])
         return tensors
 
+    def _look_over(self, shards: int, read: ReadReport) -> list[str]:
+        """Judges the whole when all shards are there; gives all prompts, each once and the empty one first."""
+        self.seen, self.corrupt = 0, []
+        ids: list[str] = []
+        prompts: dict[str, None] = {"": None}
+        for number in range(shards):
+            header = self._header(shard_path(self.folder, number))
+            self._count(header)
+            ids += header["ids"]
+            prompts |= dict.fromkeys(header["prompts"])
+        if self.seen == 0:
+            raise no_usable_pair(self.pairs.name, read)
+        self._refuse_corrupt(read, finished=True)
+        if not ids:
+            raise ValueError(f"no pair of {self.pairs.name} has two readable halves; see {self.folder / REPORT}")
+        refuse_duplicates(ids, self.pairs.name)
+        return list(prompts)
+
+    def _header(self, path: Path) -> dict[str, Any]:
+        header = read_header(path)
+        if header is None:
+            raise ValueError(
+                f"{path} cannot be read, though it was just written; expected all processes to write to one disk: set "
+                "data.encoded_dir to a folder that all machines share"
+            )
+        return header
+
+    def _encode_text(self, prompts: list[str]) -> None:
+        parts = list(enumerate(_groups(prompts, self.shard_size)))
+
+        def missing() -> list[int]:
+            headers = [read_header(text_path(self.folder, number)) for number, _ in parts]
+            current = [h is not None and h["fingerprint"] == self.fingerprint and h["prompts"] for h in headers]
+            return [number for number, part in parts if current[number] != part]
+
+        todo = self.processes.share(self.processes.on_first(missing))
+        label, hidden = self.processes.label("encoding prompts"), not self.processes.is_first
+        with tqdm(total=sum(len(parts[n][1]) for n in todo), desc=label, unit="prompt", disable=hidden) as bar:
+            for number in todo:
+                part = parts[number][1]
+                header = {
+                    "fingerprint": self.fingerprint,
+                    "prompts": part,
+                    "long_prompts": sum(count > self.policy.max_tokens for count in self.policy.token_counts(part)),
+                }
+                self._write(text_path(self.folder, number), self._text(part), header)
+                bar.update(len(part))
+
     def _text(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Embeddings of prompts that no earlier shard holds."""
+        """Embeddings of prompts, by name."""
         parts = []
         for batch in _groups(prompts, _PROMPT_BATCH):
             with torch.no_grad():
                 parts.append(self.policy.encode_prompts(batch).to("cpu"))
-        if not parts:
-            return {}
         whole = Conditioning.concatenate(parts)
         return {f"{TEXT}{name}": self._stored(tensor) for name, tensor in whole.tensors.items()}
 
@@ -288,8 +348,9 @@ class _Encoding:
         """Names unreadable pairs in the report; raises ValueError if there are too many."""
         if not self.corrupt and not finished:
             return
+        path = self.folder / REPORT
         report = {**self._report(read).to_json(), "unreadable": self.corrupt, "finished": finished}
-        write_whole(self.folder / REPORT, json.dumps(report, indent=1).encode())
+        write_whole(self.processes.own_file(path) if not finished else path, json.dumps(report, indent=1).encode())
         total = self.seen if finished or self.pairs.size is None else self.pairs.size
         enough = finished or self.pairs.size is not None
         allowed = self.config.max_corrupt_fraction
@@ -298,34 +359,34 @@ class _Encoding:
         )
         if too_many:
             names = ", ".join(entry["id"] for entry in self.corrupt[:5])
+            medium = "clip" if self.policy.is_video else "image"
             raise ValueError(
-                f"{len(self.corrupt)} of {self.seen} pairs of {self.pairs.name} have an unreadable image (first: "
-                f"{names}), more than max_corrupt_fraction {allowed:g} allows; all are named in "
-                f"{self.folder / REPORT}: repair the data, or raise data.max_corrupt_fraction"
+                f"{len(self.corrupt)} of {self.seen} pairs of {self.pairs.name} have an unreadable {medium} (first: "
+                f"{names}), for example {self.corrupt[0]['reason']}; that is more than max_corrupt_fraction "
+                f"{allowed:g} allows; all are named in {self.folder / REPORT}: repair the data, or raise "
+                "data.max_corrupt_fraction"
             )
 
     def _report(self, read: ReadReport) -> ReadReport:
         return read.with_corrupt([entry["id"] for entry in self.corrupt])
 
-    def _finish(self, key: dict[str, Any], read: ReadReport) -> None:
-        if self.seen == 0:
-            raise no_usable_pair(self.pairs.name, read)
-        self._refuse_corrupt(read, finished=True)
-        if not self.ids:
-            raise ValueError(f"no pair of {self.pairs.name} has two readable images; see {self.folder / REPORT}")
-        refuse_duplicates(self.ids, self.pairs.name)
+    def _finish(self, key: dict[str, Any], shards: int, prompts: list[str], read: ReadReport) -> None:
         report = self._report(read)
         if report.corrupt:
             _log.warning("%s: %s; see %s", self.pairs.name, report.summary(), self.folder / REPORT)
+        texts = [self._header(text_path(self.folder, n)) for n in range(-(-len(prompts) // self.shard_size))]
         manifest = {
             **key,
             "fingerprint": self.fingerprint,
-            "shards": self.shards,
-            "pairs": len(self.ids),
-            "prompts": len(self.prompts),
-            "long_prompts": self.long_prompts,
+            "shards": shards,
+            "text_shards": len(texts),
+            "pairs": self.seen - len(self.corrupt),
+            "prompts": len(prompts),
+            "long_prompts": sum(header["long_prompts"] for header in texts),
             "report": report.to_json(),
         }
+        for path in own_files(self.folder / REPORT):
+            path.unlink()
         (self.folder / _BOOKMARK).unlink(missing_ok=True)
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 

@@ -1,4 +1,4 @@
-"""Images that are not decoded before they are needed, and the one way they become training pixels."""
+"""Images and clips that are not decoded before they are needed, and the one way they become training pixels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from torch import Tensor
 TRANSFORM_VERSION = 1
 """Part of the cache's key: raise it whenever `pixels` could give other numbers."""
 
+CENTRE = (0.5, 0.5)
+"""Place of a crop, down and to the right, as a share of what is left over."""
+
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,  # how Pillow reports a broken PNG
     ValueError,
@@ -32,15 +35,16 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""What Pillow raises for damaged files."""
 
 
 class CorruptImageError(ValueError):
-    """An image is missing or cannot be decoded."""
+    """An image or a clip is missing or cannot be decoded."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """Where an image comes from: encoded bytes, a file, an address of a data set, or a Pillow image.
+    """Where an image or a clip comes from: encoded bytes, a file, an address of a data set, or a Pillow image.
 
     Attributes:
         data: The bytes, the path, the address (a string with "://"), the image, or None for an empty cell.
@@ -53,7 +57,8 @@ class ImageSource:
         """The image in one cell of a data set.
 
         Args:
-            cell: Encoded bytes, a Pillow image, a path, or the undecoded value of a `datasets.Image` column.
+            cell: Encoded bytes, a Pillow image, a path, or the undecoded value of a `datasets.Image` or
+                `datasets.Video` column.
             base: The folder that file names in text columns are relative to; None refuses them, because a data set
                 from elsewhere has no business naming files of this machine.
 
@@ -70,13 +75,15 @@ class ImageSource:
         if isinstance(cell, str):
             if base is None:
                 raise ValueError(
-                    f"found the text {cell[:80]!r} in an image column, expected encoded images; "
+                    f"found the text {cell[:80]!r} in an image column, expected encoded images or clips; "
                     "for file names set train_data_dir to their folder and index to this file"
                 )
             return ImageSource(file_inside(base, cell))
         if cell is None or isinstance(cell, bytes | Path | Image.Image):
             return ImageSource(cell)
-        raise ValueError(f"found {type(cell).__name__} in an image column, expected encoded images or file names")
+        raise ValueError(
+            f"found {type(cell).__name__} in an image column, expected encoded images, clips or file names"
+        )
 
     def read(self) -> bytes:
         """The encoded bytes; for a Pillow image its mode, size and raw pixels.
@@ -98,10 +105,24 @@ class ImageSource:
         except (FileNotFoundError, IsADirectoryError) as error:
             raise CorruptImageError(f"no file {self.data}") from error
 
+    def open(self) -> io.BufferedReader | io.BytesIO:
+        """What `read` gives as a file: one on the disk is not read as a whole.
+
+        Raises:
+            CorruptImageError: As `read`.
+        """
+        if not isinstance(self.data, Path):
+            return io.BytesIO(self.read())
+        try:
+            return self.data.open("rb")
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise CorruptImageError(f"no file {self.data}") from error
+
     def digest(self) -> str:
         """A hash of what `read` gives; an image that is not there has one of its own."""
         try:
-            return hashlib.blake2b(self.read(), digest_size=16).hexdigest()
+            with self.open() as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         except CorruptImageError:
             return "missing"
 
@@ -120,7 +141,7 @@ class ImageSource:
                 return _rgb(image)
         except UnidentifiedImageError as error:  # its text holds a memory address, which no report should
             raise CorruptImageError(f"{len(encoded)} bytes that are no image of a known format") from error
-        except _DECODER_ERRORS as error:
+        except DECODER_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CorruptImageError(f"{len(encoded)} bytes that are no readable image ({reason})") from error
 
@@ -134,25 +155,32 @@ def file_inside(base: Path, name: str) -> Path:
     root = base.resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"image file {name!r} lies outside of {base}; expected a path inside, relative to that folder")
+        raise ValueError(f"file {name!r} lies outside of {base}; expected a path inside, relative to that folder")
     return path
 
 
-def pixels(image: Image.Image, resolution: int) -> Tensor:
-    """The centre square of an RGB image whose short side is scaled to `resolution`.
+def pixels(image: Image.Image, size: tuple[int, int], place: tuple[float, float] = CENTRE) -> Tensor:
+    """A part of an RGB image that is scaled, with its proportions, until it just covers `size`.
 
-    Bilinear with antialiasing, sizes and offsets rounded as torchvision's `Resize` and `CenterCrop` do. Nothing is
-    random and each image keeps its own proportions, so the crop of a pair is joint by construction.
+    Bilinear with antialiasing, sizes and offsets rounded as torchvision's `Resize` and `CenterCrop` do.
+
+    Args:
+        image: The image.
+        size: Height and width of the result.
+        place: Which part, from (0, 0), the upper left, to (1, 1), the lower right; both images of a pair and all
+            frames of a clip get the same.
 
     Returns:
-        Values 0..255, [3, resolution, resolution], uint8.
+        Values 0..255, [3, height, width], uint8.
     """
-    width, height = image.size
-    short = min(width, height)
-    size = (resolution * width // short, resolution * height // short)
-    scaled = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((side - resolution) / 2.0) for side in size)
-    cropped = scaled.crop((left, top, left + resolution, top + resolution))
+    (height, width), (full_width, full_height) = size, image.size
+    if width * full_height >= height * full_width:
+        covering = (width, width * full_height // full_width)
+    else:
+        covering = (height * full_width // full_height, height)
+    scaled = image if covering == image.size else image.resize(covering, Image.Resampling.BILINEAR)
+    top, left = (round((covering[1] - height) * place[0]), round((covering[0] - width) * place[1]))
+    cropped = scaled.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(cropped, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 

@@ -159,6 +159,9 @@ class _StreamReader(Iterator[Pair]):
                 return self._format.pair(row, number)
         raise StopIteration
 
+    def skip(self, count: int) -> int:
+        return sum(1 for _ in islice(self, count))  # which rows are pairs, and how many, only reading them tells
+
     def state(self) -> State:
         return {"report": self.report.to_json(), "stream": self._dataset.state_dict()}
 

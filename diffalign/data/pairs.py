@@ -19,12 +19,12 @@ Verdict = Literal["keep", "tie", "unlabelled", "identical"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images of one prompt, one of them preferred; nothing is decoded yet.
+    """Two images or clips of one prompt, one of them preferred; nothing is decoded yet.
 
     Attributes:
         pair_id: The pair's name in its data set; stable over runs, it seeds every random draw.
-        prompt: What both images were made for.
-        chosen: The preferred image (x^w).
+        prompt: What both were made for.
+        chosen: The preferred one (x^w).
         rejected: The other one (x^l).
         weight: Weight in the loss, >= 0.
     """
@@ -46,7 +46,7 @@ class ReadReport:
         ties: Rows without a preference.
         unlabelled: Rows without a label or without a prompt.
         identical: Rows with the same picture twice, if these are dropped.
-        corrupt: Names of the pairs with an unreadable image; known once the images have been decoded.
+        corrupt: Names of the pairs with an unreadable image or clip; known once these have been decoded.
     """
 
     rows: int = 0
@@ -77,7 +77,7 @@ class ReadReport:
             "ties": self.ties,
             "without label or prompt": self.unlabelled,
             "identical": self.identical,
-            "with an unreadable image": len(self.corrupt),
+            "with an unreadable image or clip": len(self.corrupt),
         }
         details = ", ".join(f"{count} {name}" for name, count in dropped.items() if count) or "none dropped"
         return f"{self.kept} pairs of {self.rows} rows ({details})"
@@ -98,6 +98,10 @@ class PairReader(Iterator[Pair], Protocol):
     @property
     def report(self) -> ReadReport:
         """What became of the rows so far."""
+        ...
+
+    def skip(self, count: int) -> int:
+        """Passes over the next pairs, as far as there are so many; gives their number."""
         ...
 
     def state(self) -> State:
@@ -190,6 +194,12 @@ class PositionReader(Iterator[Pair]):
     def report(self) -> ReadReport:
         """That of the whole set: the rows were judged before the first pair was read."""
         return self._pairs.report
+
+    def skip(self, count: int) -> int:
+        """See `PairReader.skip`; reads nothing."""
+        count = min(count, len(self._pairs) - self._position)
+        self._position += count
+        return count
 
     def state(self) -> State:
         """The position of the next pair."""

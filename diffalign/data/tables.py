@@ -156,10 +156,10 @@ def _saved(folder: Path, split: str) -> DatasetTable:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """The data set with its image columns as they are stored, so that reading a row decodes nothing."""
+    """The data set with its image and video columns as they are stored, so that reading a row decodes nothing."""
     for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        if isinstance(feature, datasets.Image | datasets.Video):
+            dataset = dataset.cast_column(column, type(feature)(decode=False))
     return dataset
 
 

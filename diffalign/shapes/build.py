@@ -13,17 +13,17 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from diffalign.backbones.sd import schedule_from_config
 from diffalign.shapes import networks
@@ -38,6 +38,8 @@ TASK_WEIGHTS = {
     "color_attr": 0.24,
 }
 """How often each task is drawn in all three trainings."""
+POOR_SHARE = 0.6
+"""How many of the base model's later training pictures are badly drawn."""
 
 
 class PromptSampler:
@@ -164,19 +166,26 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
-    """Posterior means and deviations, [count, 16, 8, 8], of tidy scenes of the training prompts, and the prompts."""
-    path = work / "tidy_scenes.pt"
+def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int, *, poor: bool = False
+                  ) -> tuple[Tensor, list[str]]:  # fmt: skip
+    """Posterior means and deviations, [count, 16, 8, 8], of tidy scenes of the training prompts, and the prompts.
+
+    With `poor`, every scene is drawn badly, see `degrade`.
+    """
+    path = work / ("poor_scenes.pt" if poor else "tidy_scenes.pt")
     if path.exists():
         state = torch.load(path, weights_only=True)
         return state["moments"], state["texts"]
     draw = PromptSampler()
     moments, texts = [], []
-    for start in tqdm(range(0, count, 100), desc="encode scenes", unit="batch", mininterval=5):
-        generator, _ = _generators(seed, 6, start)
+    for start in tqdm(range(0, count, 100), desc=f"encode {path.stem}", unit="batch", mininterval=5):
+        generator, _ = _generators(seed, 7 if poor else 6, start)
         chosen = [draw(generator) for _ in range(100)]
-        scenes = [draw_scene(p, generator, tidy=True) for p in chosen]
-        posterior = vae.encode(to_pixels([render(scene) for scene in scenes])).latent_dist
+        pictures = []
+        for prompt in chosen:
+            picture = render(draw_scene(prompt, generator, tidy=True))
+            pictures.append(degrade(picture, generator) if poor else picture)
+        posterior = vae.encode(to_pixels(pictures)).latent_dist
         moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
         texts += [p.text for p in chosen]
     state = {"moments": torch.cat(moments), "texts": texts}
@@ -184,42 +193,85 @@ def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tupl
     return state["moments"], texts
 
 
-def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, scenes: int) -> StableDiffusionPipeline:
-    """Denoiser and text encoder together: epsilon prediction, min-SNR weights, a tenth of the prompts dropped.
+class NoisyBatches:
+    """What the denoiser is trained on: noisy latents, timesteps, noise and token ids of one step's rows.
 
-    It sees tidy scenes, objects on an 8-pixel grid, which a small network learns much sooner than freely placed ones.
+    Args:
+        clean: Latent moments [N, 16, 8, 8] and prompts of well-drawn scenes.
+        poor: The same of badly drawn ones.
+        scaling: The autoencoder's scaling factor.
     """
-    tokenizer = networks.build_tokenizer()
-    torch.manual_seed(seed + 1)
-    text_encoder, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
-    moments, texts = encode_scenes(vae, work, seed, scenes)
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    mean, std = moments.chunk(2, dim=1)
-    scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
-    vae.register_to_config(scaling_factor=scaling)
-    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
-    schedule = schedule_from_config(networks.build_scheduler().config)
-    signal_to_noise = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).float()
-    modules = {"text_encoder": text_encoder, "unet": unet}
-    stage = Stage("denoiser", work, modules, lr=8e-4, steps=steps, ema=0.998, cooldown=0.25)
 
-    def loss_of(step: int) -> Tensor:
-        _, generator = _generators(seed, 3, step)
-        rows = torch.randint(len(ids), (32,), generator=generator)
-        latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (32,), generator=generator)
-        noisy = schedule.add_noise(latents * scaling, noise, timesteps)
-        dropped = torch.rand(32, 1, generator=generator) < 0.1
-        hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
-        errors = (unet(noisy, timesteps, hidden).sample - noise).square().mean((1, 2, 3))
-        ratio = signal_to_noise[timesteps]
+    def __init__(self, tokenizer: CLIPTokenizer, clean: tuple[Tensor, list[str]], poor: tuple[Tensor, list[str]],
+                 scaling: float) -> None:  # fmt: skip
+        self.counts = len(clean[1]), len(poor[1])
+        self.mean, self.std = torch.cat([clean[0], poor[0]]).chunk(2, dim=1)
+        self.ids, self.empty = (
+            tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            for texts in (clean[1] + poor[1], [""])
+        )
+        self.scaling = scaling
+        self.schedule = schedule_from_config(networks.build_scheduler().config)
+
+    def draw(self, generator: torch.Generator, share: float, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A batch of `size` rows, each of a poor drawing with probability `share`; a tenth without its prompt."""
+        clean, poor = (torch.randint(n, (size,), generator=generator) for n in self.counts)
+        rows = torch.where(torch.rand(size, generator=generator) < share, self.counts[0] + poor, clean)
+        mean = self.mean[rows]
+        latents = mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+        timesteps = torch.randint(1000, (size,), generator=generator)
+        noisy = self.schedule.add_noise(latents * self.scaling, noise, timesteps)
+        dropped = torch.rand(size, 1, generator=generator) < 0.1
+        return noisy, timesteps, noise, torch.where(dropped, self.empty, self.ids[rows])
+
+    def loss(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, batch: Sequence[Tensor]) -> Tensor:
+        """Squared error of epsilon with min-SNR weights (Hang et al. 2023, arXiv:2303.09556), gamma 5."""
+        noisy, timesteps, noise, ids = batch
+        errors = (unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample - noise).square().mean((1, 2, 3))
+        alphas = self.schedule.alphas_cumprod[timesteps].float()
+        ratio = alphas / (1 - alphas)
         loss: Tensor = (errors * ratio.clamp(max=5.0) / ratio).mean()
         return loss
 
-    stage.run(loss_of)
+
+def prepare_denoiser(work: Path, vae: AutoencoderKL, seed: int, scenes: int
+                     ) -> tuple[StableDiffusionPipeline, NoisyBatches]:  # fmt: skip
+    """The untrained pipeline around a trained autoencoder, and its training batches."""
+    tokenizer = networks.build_tokenizer()
+    torch.manual_seed(seed + 1)
+    text_encoder, unet = networks.build_text_encoder(tokenizer), networks.build_unet()
+    clean = encode_scenes(vae, work, seed, scenes)
+    mean, std = clean[0].chunk(2, dim=1)
+    scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
+    vae.register_to_config(scaling_factor=scaling)
+    poor = encode_scenes(vae, work, seed, scenes * 2 // 5, poor=True)
+    # The batches have a tokenizer of their own: padding leaves its mark on the one that is saved.
+    batches = NoisyBatches(networks.build_tokenizer(), clean, poor, scaling)
+    return networks.build_pipeline(tokenizer, text_encoder, vae, unet), batches
+
+
+def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, mixed_steps: int, scenes: int
+                   ) -> StableDiffusionPipeline:  # fmt: skip
+    """Denoiser and text encoder together, in two stages.
+
+    The first sees tidy scenes, objects on an 8-pixel grid, which a small network learns much sooner than freely placed
+    ones. The second goes on with drawings of mixed quality, `POOR_SHARE` of them degraded, as the pictures of large
+    public data sets are: what a base model has learnt from those is what alignment is for.
+    """
+    pipeline, batches = prepare_denoiser(work, vae, seed, scenes)
+    modules = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet}
+    stages = [("denoiser", steps, 0.0, 3), ("denoiser_mixed", mixed_steps, POOR_SHARE, 8)]
+    for name, length, share, key in stages:
+        stage = Stage(name, work, modules, lr=8e-4, steps=length, ema=0.998, cooldown=0.25)
+
+        def loss_of(step: int, share: float = share, key: int = key) -> Tensor:
+            batch = batches.draw(_generators(seed, key, step)[1], share)
+            return batches.loss(pipeline.text_encoder, pipeline.unet, batch)
+
+        stage.run(loss_of)
     stage.load_average()
-    return networks.build_pipeline(tokenizer, text_encoder, vae, unet)
+    return pipeline
 
 
 def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
@@ -280,16 +332,17 @@ def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     return sizes
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 3340, scorer_steps: int = 1875,
-          scenes: int = 30_000) -> None:  # fmt: skip
+def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 3340, mixed_steps: int = 3600,
+          scorer_steps: int = 1875, scenes: int = 30_000) -> None:  # fmt: skip
     """Trains and exports everything; see the module's description."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(work, seed, vae_steps)
-    pipeline = train_denoiser(work, vae, seed, denoiser_steps, scenes)
+    pipeline = train_denoiser(work, vae, seed, denoiser_steps, mixed_steps, scenes)
     scorer = train_scorer(work, seed, scorer_steps)
     sizes = export(out, pipeline, scorer)
-    seconds = {n: torch.load(work / f"{n}.pt", weights_only=True)["seconds"] for n in ("vae", "denoiser", "scorer")}
+    names = ("vae", "denoiser", "denoiser_mixed", "scorer")
+    seconds = {n: torch.load(work / f"{n}.pt", weights_only=True)["seconds"] for n in names}
     record = {"seed": seed, "seconds": seconds, "megabytes": sizes}
     (out / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -302,6 +355,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--denoiser-steps", type=int, default=3340)
+    parser.add_argument("--mixed-steps", type=int, default=3600)
     parser.add_argument("--scorer-steps", type=int, default=1875)
     parser.add_argument("--scenes", type=int, default=30_000)
     options = parser.parse_args()
@@ -311,7 +365,7 @@ def main() -> None:
         train_vae(work, options.seed, options.vae_steps)
     elif options.stage == "denoiser":
         vae = train_vae(work, options.seed, options.vae_steps)
-        train_denoiser(work, vae, options.seed, options.denoiser_steps, options.scenes)
+        train_denoiser(work, vae, options.seed, options.denoiser_steps, options.mixed_steps, options.scenes)
     elif options.stage == "scorer":
         train_scorer(work, options.seed, options.scorer_steps)
     else:
@@ -320,6 +374,7 @@ def main() -> None:
             options.seed,
             options.vae_steps,
             options.denoiser_steps,
+            options.mixed_steps,
             options.scorer_steps,
             options.scenes,
         )

@@ -40,6 +40,7 @@ def test_the_defaults_are_the_published_pipelines(base: Any) -> None:
     assert any("motion_modules" in name for name, _ in base.denoiser.named_modules())
 
 
+@pytest.mark.slow
 def test_more_frames_than_positions_are_refused_and_16_are_the_default(folder: Path) -> None:
     assert load(folder, num_frames=8).latent_shape == (4, 8, 4, 4)
     with pytest.raises(ValueError, match="positions of 8 frames, got 16; use at most 8"):
@@ -92,6 +93,7 @@ def test_adapters_reach_all_attention_or_the_motion_modules_only(folder: Path, t
         load(folder, lora=LoRA(target_modules=("down.*.to_q",)), train=True)
 
 
+@pytest.mark.slow
 def test_an_image_model_and_an_adapter_become_a_folder(tmp_path: Path) -> None:
     """The three lines of the module's docstring."""
     from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
@@ -117,6 +119,7 @@ def test_an_image_unet_without_an_adapter_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
+@pytest.mark.slow
 def test_the_published_size() -> None:
     """Stable Diffusion 1.5 (860 M) and guoyww/animatediff-motion-adapter-v1-5-2 (454 M), counted on the meta device."""
     from diffusers import MotionAdapter, UNetMotionModel

@@ -63,6 +63,7 @@ def test_at_pure_noise_the_prediction_is_minus_the_sample(base: Any) -> None:
     assert torch.equal(noise_again, noise)
 
 
+@pytest.mark.slow
 def test_the_dpm_scheduler_draws_as_the_pipeline_does(tmp_path: Path) -> None:
     """The scheduler that the authors recommend for 5B; its step has arguments of its own, and noise from the seeds."""
     from diffusers import CogVideoXPipeline
@@ -94,6 +95,7 @@ def test_frames_come_in_eights_and_one(folder: Path) -> None:
         load_policy(str(folder), num_frames=16)
 
 
+@pytest.mark.slow
 def test_odd_latent_frames_are_filled_up_in_front(newer: Any) -> None:
     """9 frames are 3 latent ones; a token takes two, so a copy of the first stands before them and is not decoded."""
     video = torch.rand(1, 9, 3, 32, 48, generator=torch.Generator().manual_seed(1))
@@ -140,6 +142,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_sizes(name: str) -> None:
     """Counted on the meta device; the rest of the 2B configuration is the class's default."""

@@ -7,6 +7,7 @@ missing time id or a wrong mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
     tiny.draw(pipeline, guidance)
     assert len(seen) >= STEPS
     conditional = policy.encode_prompts(PROMPTS)
-    unconditional = policy.encode_prompts([family.unconditional] * len(PROMPTS))
+    unconditional = policy.encode_unconditional(len(PROMPTS))
     for output, timestep, sample in seen:
         theirs = family.latents(policy, family.velocity(scheduler, output, sample, timestep))
         noisy = family.latents(policy, sample)
@@ -243,6 +244,7 @@ def test_the_reference_is_the_base_bit_for_bit(tiny: Tiny, lora: LoRA | None) ->
     assert not torch.allclose(moved, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
 def test_training_lowers_the_loss_of_a_fixed_pair(tiny: Tiny, lora: LoRA | None) -> None:
     policy = tiny.load(lora=lora, train=True)
@@ -280,6 +282,44 @@ def test_trained_weights_go_through_their_file(tiny: Tiny, tmp_path: Path) -> No
         torch.testing.assert_close(tiny.draw(pipeline, guidance), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=6.0), None], ids=["lora", "full"])
+def test_training_goes_on_from_trained_weights(tiny: Tiny, tmp_path: Path, lora: LoRA | None) -> None:
+    """Policy and reference start as the given weights, exactly; what is saved fits the original base model."""
+    first = tiny.load(lora=lora, train=True)
+    move_away(first, 0.1 if lora else 0.01)
+    first.save_trained(tmp_path / "first")
+    arguments = (tiny.latents(), some_timesteps(first), first.encode_prompts(PROMPTS))
+    policy = tiny.load(start=tmp_path / "first", train=True)
+    with torch.no_grad():
+        expected = first.predict(*arguments)
+        assert not torch.equal(expected, tiny.base.predict(*arguments))
+        assert torch.equal(policy.predict(*arguments), expected)
+        assert torch.equal(policy.frozen().predict(*arguments), expected)
+    batch = tiny.batch(policy)
+    trainer = DiffusionDPO(policy, beta=500.0)
+    loss = trainer.loss(batch).loss
+    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-7)
+    loss.backward()
+    named = dict(policy.denoiser.named_parameters())
+    own = {name for name, _ in policy.named_trainable()}
+    assert {name for name, p in named.items() if p.grad is not None} <= own
+    assert any(bool(named[name].grad.abs().any()) for name in own if named[name].grad is not None)
+    assert not any("reference" in name for name in own)
+    move_away(policy, 0.1 if lora else 0.01)
+    with torch.no_grad():
+        moved = policy.predict(*arguments)
+        assert torch.equal(policy.frozen().predict(*arguments), expected)
+    assert not torch.allclose(moved, expected, atol=1e-6)
+    policy.save_trained(tmp_path / "second")
+    with torch.no_grad():
+        alone = tiny.load(adapter=tmp_path / "second")
+        torch.testing.assert_close(alone.predict(*arguments), moved)
+        compared = tiny.load(start=tmp_path / "first", adapter=tmp_path / "second")
+        torch.testing.assert_close(compared.predict(*arguments), moved)
+        assert torch.equal(compared.frozen().predict(*arguments), expected)
+
+
+@pytest.mark.slow
 def test_full_weights_go_through_their_folder(tiny: Tiny, tmp_path: Path) -> None:
     policy = tiny.load(train=True)
     move_away(policy, 0.01)
@@ -306,6 +346,7 @@ def test_encoders_are_freed_and_come_back(tiny: Tiny) -> None:
     assert tiny.base.encoder_fingerprint() == known
 
 
+@pytest.mark.slow
 def test_a_denoiser_in_bfloat16_predicts_and_draws(tiny: Tiny) -> None:
     policy = tiny.load(lora=LoRA(rank=2), train=True, dtype=torch.bfloat16)
     assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}

@@ -49,6 +49,7 @@ def inputs(denoiser: Any) -> list[dict[str, Any]]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_network_is_given_what_the_pipeline_gives_it(dev: Any, folders: dict[str, Path]) -> None:
     """Tokens, times, guidance and positions one by one, with a guidance that is not the default."""
     pipeline = diffusers.FluxPipeline.from_pretrained(folders["flux-dev"], dtype=torch.float32)
@@ -64,6 +65,7 @@ def test_the_network_is_given_what_the_pipeline_gives_it(dev: Any, folders: dict
         assert torch.equal(ours[-1]["txt_ids"], expected["txt_ids"])
 
 
+@pytest.mark.slow
 def test_embedded_guidance_moves_dev_and_its_reference_and_leaves_schnell(dev: Any, schnell: Any) -> None:
     assert dev.embedded_guidance == dev.guidance_scale == 3.5
     for policy, moved in ((dev, True), (schnell, False)):
@@ -91,6 +93,7 @@ def test_prompts_are_counted_as_t5_reads_them(dev: Any) -> None:
     assert dev.token_counts(["abc", "x" * 600]) == [5, 602]
 
 
+@pytest.mark.slow
 def test_freeing_drops_both_text_encoders(folders: dict[str, Path]) -> None:
     policy: Any = load_policy(str(folders["flux-dev"]), size=SIZE)
     policy.free_encoders()
@@ -99,6 +102,7 @@ def test_freeing_drops_both_text_encoders(folders: dict[str, Path]) -> None:
     assert not policy.pipeline.text_encoder_2.training
 
 
+@pytest.mark.slow
 def test_a_size_that_leaves_half_a_patch_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"size must be multiples of 4 for FLUX, got 16x22 pixels"):
         load_policy(str(folders["flux-dev"]), size=(16, 22))
@@ -113,6 +117,7 @@ def test_adapters_reach_every_attention_projection(folders: dict[str, Path]) -> 
     assert reached == double | {f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance", "count"), [(True, 11_901_408_320), (False, 11_891_178_560)])
 def test_published_size(guidance: bool, count: int) -> None:
     """FLUX.1 dev, and schnell: the same without the guidance embedder (256 -> 3072 -> 3072)."""

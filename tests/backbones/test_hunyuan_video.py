@@ -42,6 +42,7 @@ def inputs(denoiser: Any) -> list[dict[str, Any]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_network_is_given_what_the_pipeline_gives_it(folder: Path, dtype: torch.dtype) -> None:
     """With a guidance and a template that are not the default; in bfloat16 5.3 * 1000 is another number."""
@@ -88,6 +89,7 @@ def test_the_template_is_read_and_cut_again(policy: Any) -> None:
         assert mask[row].tolist() == [1] * count + [0] * (256 - count)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_pads_on_the_left_is_told_not_to(policy: Any, tmp_path: Path) -> None:
     save_tiny(tmp_path)
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
@@ -106,6 +108,7 @@ def test_padding_is_not_read(policy: Any) -> None:
         torch.testing.assert_close(policy.predict(LATENTS, TIMESTEPS, other), expected)
 
 
+@pytest.mark.slow
 def test_the_template_decides_the_embeddings_and_their_fingerprint(policy: Any, folder: Path) -> None:
     other = load(folder)
     assert other.encoder_fingerprint() == policy.encoder_fingerprint()
@@ -116,6 +119,7 @@ def test_the_template_decides_the_embeddings_and_their_fingerprint(policy: Any, 
     assert all(bare == templated for bare, templated in counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"num_frames": 6}, {"size": (24, 32)}])
 def test_sizes_that_do_not_fit_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"divisible by 16 and 4k \+ 1 frames, got"):

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 
 from diffalign.backbones import load_policy
+from diffalign.backbones.ltx import LTXPolicy
 from tests.backbones.families.ltx import LATENTS, save_tiny
 
 SIZE = {"size": (32, 64), "num_frames": 9}
@@ -85,8 +86,11 @@ def test_positions_depend_on_the_frame_rate(folder: Path) -> None:
     assert policy._sampling_arguments(3.0)["frame_rate"] == 50
 
 
-def test_the_training_law_is_shifted_as_the_sampler_is(base: Any) -> None:
+def test_the_training_law_is_shifted_as_the_sampler_is_if_wanted(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamic shift: exp(mu), with mu linear in the number of tokens (1024 to 4096 for 0.95 to 2.05)."""
+    assert base.schedule.shift == 1.0
+    monkeypatch.setattr(base, "options", LTXPolicy.Options(timestep_shift="dynamic"))
+    monkeypatch.setattr(base, "schedule", base._flow_schedule(math.prod(base.latent_shape[1:])))
     assert base.schedule.shift == pytest.approx(math.exp(0.95 + (64 - 1024) / (4096 - 1024) * 1.1))
     scheduler = base.pipeline.scheduler
     sigmas = torch.linspace(1, 0.25, 4)
@@ -95,6 +99,7 @@ def test_the_training_law_is_shifted_as_the_sampler_is(base: Any) -> None:
     torch.testing.assert_close(base.schedule.timestep_of_index(index).float() / 1000, shifted)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_draws_noise_gives_the_same_video_for_the_same_latents(noisy_decoder: Any) -> None:
     vae = noisy_decoder.pipeline.vae
     raw, zero = latents(), torch.zeros(2)
@@ -136,6 +141,7 @@ def test_defaults_are_the_published_ones(folder: Path) -> None:
     assert (policy.guidance_scale, policy.num_inference_steps) == (3.0, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "count"), [(PUBLISHED_2B, 1.923e9), (PUBLISHED_13B, 13.04e9)], ids=["2b", "13b"])
 def test_full_size_transformers_have_the_published_number_of_parameters(config: Any, count: float) -> None:
     with torch.device("meta"):

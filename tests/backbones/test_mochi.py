@@ -84,6 +84,7 @@ def test_padding_is_not_read(policy: Any) -> None:
         torch.testing.assert_close(policy.predict(LATENTS, TIMESTEPS, other), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("force_zeros", "tokens"), [(True, 0), (False, 1)])
 def test_an_empty_prompt_blanks_no_other_row(tmp_path: Path, force_zeros: bool, tokens: int) -> None:
     """diffusers zeroes a whole batch whose last prompt is empty; captions are dropped row by row in training."""

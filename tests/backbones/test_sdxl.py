@@ -1,4 +1,4 @@
-"""What is special to Stable Diffusion XL: time ids, zeros for the empty prompt, Turbo's defaults, the refiner."""
+"""What is special to Stable Diffusion XL: time ids, dropped captions and guidance, Turbo's defaults, the refiner."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def seen_time_ids(policy: Any, conditioning: Conditioning) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_time_ids_are_height_and_width_without_crop(base: Any) -> None:
     expected = torch.tensor([[8.0, 16.0, 0.0, 0.0, 8.0, 16.0]]).expand(2, -1)
     assert torch.equal(seen_time_ids(base, base.encode_prompts(["a", ""])), expected)
 
 
+@pytest.mark.slow
 def test_time_ids_follow_the_size_in_full_precision(base_folder: Path) -> None:
     """1000 + 2 has no bfloat16; the embeddings do not depend on the size, so a cache of them survives it."""
     policy = load_policy(str(base_folder), size=(1002, 16), dtype=torch.bfloat16)
@@ -60,26 +62,48 @@ def test_time_ids_follow_the_size_in_full_precision(base_folder: Path) -> None:
     assert policy._time_ids(conditioning)[0].tolist() == [1002, 16, 0, 0, 1002, 16]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_the_refiner_reads_five_numbers_and_the_score_of_its_branch(refiner: Any) -> None:
-    expected = torch.tensor([[8.0, 16.0, 0.0, 0.0, 6.0], [8.0, 16.0, 0.0, 0.0, 2.5]])
-    assert torch.equal(seen_time_ids(refiner, refiner.encode_prompts(["a", ""])), expected)
+    """A dropped caption is still a good picture's; only guidance's other branch claims a bad one."""
+    good, bad = [8.0, 16.0, 0.0, 0.0, 6.0], [8.0, 16.0, 0.0, 0.0, 2.5]
+    assert seen_time_ids(refiner, refiner.encode_prompts(["a", ""])).tolist() == [good, good]
+    assert seen_time_ids(refiner, refiner.encode_unconditional(2)).tolist() == [bad, bad]
 
 
-def test_the_empty_prompt_is_zeros_where_the_pipeline_says_so(base: Any, refiner: Any) -> None:
-    tensors = base.encode_prompts(["", "a red circle"]).tensors
-    assert not tensors["hidden"][0].any()
-    assert not tensors["pooled"][0].any()
-    assert tensors["hidden"][1].any()
-    assert refiner.encode_prompts([""]).tensors["hidden"].any()
-    before = base.encoder_fingerprint()
-    base.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    base._fingerprint = None
-    try:
-        assert base.encode_prompts([""]).tensors["pooled"].any()
-        assert base.encoder_fingerprint() != before
-    finally:
-        base.pipeline.register_to_config(force_zeros_for_empty_prompt=True)
-        base._fingerprint = None
+def test_dropped_captions_are_encoded_and_guidance_has_zeros(base: Any, refiner: Any) -> None:
+    dropped = base.encode_prompts(["", "a red circle"])
+    tokenizer, encoder = base.pipeline.tokenizer_2, base.pipeline.text_encoder_2
+    with torch.no_grad():
+        pooled = encoder(tokenizer([""], padding="max_length", return_tensors="pt").input_ids).text_embeds
+    torch.testing.assert_close(dropped.tensors["pooled"][:1], pooled)
+    assert dropped.tensors["hidden"][0].any()
+    zeros = base.encode_unconditional(2).tensors
+    assert {name: tensor.shape for name, tensor in zeros.items()} == {n: t.shape for n, t in dropped.tensors.items()}
+    assert not any(tensor.any() for tensor in zeros.values())
+    own = refiner.encode_unconditional(1).tensors
+    assert torch.equal(own["hidden"], refiner.encode_prompts([""]).tensors["hidden"])
+
+
+def test_drawing_tells_the_unet_the_exact_size(base_folder: Path) -> None:
+    """1000 + 2 has no bfloat16, and the drawn pictures are those of the network that `predict` calls."""
+    policy: Any = load_policy(str(base_folder), size=(1002, 16), dtype=torch.bfloat16)
+    seen: list[Tensor] = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"])
+        raise Stop
+
+    with policy._drawing_weights(False), torch.no_grad():
+        policy.denoiser.register_forward_pre_hook(look, with_kwargs=True)  # after the one that casts
+        latents = torch.zeros(1, *policy.latent_shape)
+        conditioning = policy.encode_prompts(["a"])
+        with pytest.raises(Stop):
+            policy._forward(policy.denoiser, latents, torch.tensor([10]), conditioning)
+    assert seen[0].dtype == torch.float32
+    assert seen[0][0].tolist() == [1002, 16, 0, 0, 1002, 16]
 
 
 def test_pooled_is_the_second_encoders(base: Any) -> None:
@@ -89,6 +113,7 @@ def test_pooled_is_the_second_encoders(base: Any) -> None:
     torch.testing.assert_close(base.encode_prompts(["a red circle"]).tensors["pooled"], expected)
 
 
+@pytest.mark.slow
 def test_turbo_is_known_by_its_scheduler(base: Any, tmp_path: Path) -> None:
     turbo: Any = load_policy(str(sdxl.save_tiny(tmp_path / "turbo", turbo=True)))
     assert (base.guidance_scale, base.num_inference_steps) == (5.0, 50)
@@ -109,6 +134,7 @@ def test_token_limits_hold_for_both_encoders(base: Any, refiner: Any) -> None:
     assert base.token_counts(["", "a"]) == refiner.token_counts(["", "a"])
 
 
+@pytest.mark.slow
 def test_latent_statistics_of_the_autoencoder_are_used(tmp_path: Path) -> None:
     folder = sdxl.save_tiny(tmp_path / "pipeline", latents_mean=[-1.5, 1.0, 0.5, 2.0], latents_std=[8.0, 5.0, 4.0, 3.0])
     policy: Any = load_policy(str(folder), size=SIZE)
@@ -136,6 +162,7 @@ def test_latent_statistics_of_the_autoencoder_are_used(tmp_path: Path) -> None:
     torch.testing.assert_close(policy.decode(final[-1]), drawn, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_parametrisations_are_refused_before_use(base_folder: Path, tmp_path: Path) -> None:
     from diffusers import EDMEulerScheduler, StableDiffusionXLPipeline
 
@@ -147,9 +174,12 @@ def test_other_parametrisations_are_refused_before_use(base_folder: Path, tmp_pa
         load_policy(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_refiner_starts_from_images(refiner: Any) -> None:
     with pytest.raises(ValueError, match=r"give its images to refine\(images, prompts, seeds\)"):
         refiner.sample(["a"], [0])
+    with pytest.raises(ValueError, match="a refiner cannot draw from noise"):
+        refiner.check_sampling(refiner.source)
     images = torch.rand((2, 3, *SIZE), generator=torch.Generator().manual_seed(0))
     little = refiner.refine(images, ["a", "a"], [0, 1], strength=0.2, num_inference_steps=10)
     much = refiner.refine(images, ["a", "a"], [0, 1], strength=0.9, num_inference_steps=10)
@@ -188,6 +218,7 @@ REFINER_UNET: dict[str, Any] = BASE_UNET | {
 """The published configuration of the SDXL refiner 1.0: five time ids of 256 numbers beside 1280 pooled ones."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "parameters"), [(BASE_UNET, 2_567_463_684), (REFINER_UNET, 2_259_526_660)], ids=["base", "refiner"]
 )

@@ -20,7 +20,10 @@ from diffalign.data import ImageSource, Pair
 class TinyEncoder:
     """What `encode_pairs` needs of a policy; counts its calls."""
 
-    resolution = 32
+    size = (32, 32)
+    is_video = False
+    num_frames = 1
+    frame_rate = 0.0
 
     def __init__(self) -> None:
         from diffalign.shapes.networks import build_text_encoder, build_tokenizer, build_vae

@@ -13,10 +13,11 @@ from diffalign.data import DataConfig
     [
         ({}, "found neither"),
         ({"dataset_name": "a", "train_data_dir": Path("b")}, "found both"),
-        ({"dataset_name": "a", "center_crop": False}, "center_crop: true"),
         ({"dataset_name": "a", "index": "rows.jsonl"}, "train_data_dir, which is not set"),
         ({"dataset_name": "a", "datset_split": "train"}, "datset_split"),
         ({"dataset_name": "a", "resolution": 0}, "greater than or equal to 8"),
+        ({"dataset_name": "a", "resolution": (480, 831)}, "multiple of 8"),
+        ({"dataset_name": "a", "fps": 0}, "greater than 0"),
         ({"dataset_name": "a", "max_corrupt_fraction": 1.5}, "less than or equal to 1"),
     ],
 )

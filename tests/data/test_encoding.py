@@ -17,7 +17,9 @@ from diffalign.batches import Moments
 from diffalign.data import DataConfig, EncodedPairs, ImageSource, Pair, PairList, encode_pairs, load_pairs
 from diffalign.data.disk import write_whole
 from diffalign.data.images import pixels, to_unit_range
+from diffalign.processes import Processes
 from diffalign.randomness import Draw
+from tests.threads import together
 
 CONFIG = DataConfig(dataset_name="in memory", encode_batch_size=3)
 
@@ -29,7 +31,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def direct(encoder: Any, source: ImageSource, flip: bool = False) -> Moments:
-    image = to_unit_range(pixels(source.decode(), encoder.resolution)).unsqueeze(0)
+    image = to_unit_range(pixels(source.decode(), encoder.size)).unsqueeze(0)
     with torch.no_grad():
         return encoder.encode(image.flip(-1) if flip else image)
 
@@ -217,7 +219,7 @@ def test_a_stream_gives_the_cache_of_the_whole_data_set(helpers: Any, encoder: A
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("stop_at", [1, 3, 5, 6])
+@pytest.mark.parametrize("stop_at", [*(pytest.param(i, marks=pytest.mark.slow) for i in (1, 5, 6)), 3])
 def test_an_interrupted_cache_goes_on_to_the_same_bytes(
     helpers: Any, encoder: Any, tmp_path: Path, streaming: bool, stop_at: int
 ) -> None:
@@ -239,6 +241,50 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(
     encode_pairs(load_pairs(config), encoder, config, tmp_path / "cut", shard_size=3)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert count - stop_at == 6 - 2 * len(finished)  # two batches a shard, finished ones are not encoded again
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_readers_pass_over_pairs(helpers: Any, tmp_path: Path, streaming: bool) -> None:
+    config = write_stream(helpers, tmp_path / "data", 12, bad=set()).model_copy(update={"streaming": streaming})
+    pairs = load_pairs(config)
+    ids = [pair.pair_id for pair in pairs]
+    reader = pairs.reader()
+    assert reader.skip(3) == 3
+    assert next(reader).pair_id == ids[3]
+    reader = pairs.reader(reader.state())
+    assert next(reader).pair_id == ids[4]
+    assert reader.skip(100) == len(ids) - 5
+    assert reader.skip(1) == 0
+    assert reader.report == pairs.report
+    assert reader.report.rows == 12
+
+
+def test_several_share_a_stream_and_one_goes_on(helpers: Any, encoder: Any, tmp_path: Path) -> None:
+    """The bookmark stands where all shards before it are finished, so that none is missed."""
+    config = write_stream(helpers, tmp_path / "data", 24, bad={6})
+    config = config.model_copy(update={"max_corrupt_fraction": 0.5})
+    encode_pairs(load_pairs(config), encoder, config, tmp_path / "whole", shard_size=2)
+    calls = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) > 11:
+            raise KeyError("stopped")
+
+    encoder.before_encode = stop
+
+    def share(processes: Processes) -> None:
+        encode_pairs(load_pairs(config), encoder, config, tmp_path / "cut", shard_size=2, processes=processes)
+
+    together(3, share)
+    left = files(tmp_path / "cut")
+    finished = {int(name[6:12]) for name in left if name.startswith("shard-") and name.endswith("s")}
+    assert 0 < len(finished) < 8
+    bookmark = json.loads(left.get("bookmark.json", b'{"shards": 0}'))
+    assert finished.issuperset(range(bookmark["shards"]))
+    encoder.before_encode = lambda: None
+    encode_pairs(load_pairs(config), encoder, config, tmp_path / "cut", shard_size=2)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 KILLED = textwrap.dedent(

@@ -19,7 +19,7 @@ def test_pixels_equal_torchvision_resize_and_center_crop(helpers: Any, size: tup
     image = helpers.picture(0, size)
     resized = functional.resize(image, 32, functional.InterpolationMode.BILINEAR)
     expected = functional.pil_to_tensor(functional.center_crop(resized, [32, 32]))
-    torch.testing.assert_close(pixels(image, 32), expected, rtol=0, atol=0)
+    torch.testing.assert_close(pixels(image, (32, 32)), expected, rtol=0, atol=0)
 
 
 def test_unit_range_is_exact_at_both_ends() -> None:

@@ -231,6 +231,7 @@ def test_a_pool_reports_every_run_and_clusters_by_prompt():
     assert all(name in text for name in (*runs, "all runs"))
 
 
+@pytest.mark.slow
 def test_the_same_run_three_times_is_no_more_certain_than_once():
     run = a_run(0)
     once, thrice = run.compare(), pool({"a": run, "b": run, "c": run}).pooled
@@ -238,6 +239,7 @@ def test_the_same_run_three_times_is_no_more_certain_than_once():
     assert thrice.judge("difference").ci95 == pytest.approx(once.judge("difference").ci95, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_runs_of_a_pool_may_have_seeds_of_their_own():
     pooled = pool({"a": a_run(0, seed=0), "b": a_run(1, seed=1)}).pooled
     assert pooled.sampling == {**SETTINGS["sampling"], "seed": [0, 1]}

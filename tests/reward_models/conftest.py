@@ -23,11 +23,6 @@ OPEN_CLIP_CONFIG = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _offline_and_small() -> None:
-    torch.set_num_threads(1)
-
-
 def save_hf_clip(folder: Path, *, image_size: int = 224, patch: int = 56, act: str = "gelu", seed: int = 0) -> Path:
     """A random two-layer CLIPModel with its tokenizer, saved as transformers publishes it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,11 @@ from diffalign.reward_models import (
 PROMPTS = ["a red circle", "two blue squares left of a green triangle", "x"]
 
 
-@pytest.fixture(params=["pickscore", "hpsv2.1", "clipscore", "clipscore-torchmetrics", "clipscore-logit", "shapes"])
+@pytest.fixture(
+    scope="module", params=["pickscore", "hpsv2.1", "clipscore", "clipscore-torchmetrics", "clipscore-logit", "shapes"]
+)
 def model(request, clip_folder, hps_folder, shapes_folder, hps_config) -> RewardModel:
+    """No test may change it."""
     if request.param.startswith("hps"):
         return HPSv2(hps_folder, model_config=hps_config, device="cpu")
     folder = shapes_folder if request.param == "shapes" else clip_folder
@@ -228,6 +232,7 @@ def test_empty_input_gives_empty_scores(model):
 
 
 def test_fingerprint_follows_the_weights(model):
+    model = copy.deepcopy(model)
     before = model.fingerprint()
     assert before == model.fingerprint()
     assert len(before) == 16

@@ -46,7 +46,9 @@ def test_pickscore_equals_the_models_own_logits(clip_folder, photos):
     torch.testing.assert_close(score.score_matrix(photos, prompts), logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(300, 200), (224, 100), (224, 224), (500, 1), (401, 600), (33, 57)])
+@pytest.mark.parametrize(
+    "size", [(300, 200), (224, 100), (224, 224), pytest.param((500, 1), marks=pytest.mark.slow), (401, 600), (33, 57)]
+)
 def test_crop_equals_the_published_processor(size, make_photo):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

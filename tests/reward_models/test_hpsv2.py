@@ -17,7 +17,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 BLACK = -MEAN / STD
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hps(hps_folder, hps_config) -> HPSv2:
     return HPSv2(hps_folder, model_config=hps_config, device="cpu")
 
@@ -36,9 +36,9 @@ CASES = {
 
 @pytest.mark.parametrize(("size", "box"), CASES.items())
 @pytest.mark.parametrize("antialias", [True, False])
-def test_five_steps(hps, make_photo, size, box, antialias):
+def test_five_steps(hps, make_photo, size, box, antialias, monkeypatch):
     array = make_photo(*size)
-    hps.antialias = antialias
+    monkeypatch.setattr(hps, "antialias", antialias)
     pixels = hps.preprocess(Image.fromarray(array))
     assert pixels.shape == (3, 224, 224)
     top, bottom, left, right = box
@@ -54,10 +54,10 @@ def test_five_steps(hps, make_photo, size, box, antialias):
     torch.testing.assert_close(pixels[:, top:bottom, left:right], expected, rtol=0, atol=1e-6)
 
 
-def test_antialias_matters(hps, make_photo):
+def test_antialias_matters(hps, make_photo, monkeypatch):
     image = Image.fromarray(make_photo(800, 600))
     filtered = hps.preprocess(image)
-    hps.antialias = False
+    monkeypatch.setattr(hps, "antialias", False)
     assert (hps.preprocess(image) - filtered).abs().max() > 0.3
 
 

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from diffalign.shapes.judge import judge
@@ -19,6 +20,7 @@ from diffalign.shapes.scenes import IMAGE_SIZE, parse_prompt
 FOLDER = Path(__file__).parent / "generated"
 
 
+@pytest.mark.slow
 def test_the_judge_agrees_with_eyes() -> None:
     """At least 92 of 100 verdicts agree; the judge is the stricter of the two."""
     labels = [json.loads(line) for line in (FOLDER / "labels.jsonl").read_text(encoding="utf-8").splitlines()]

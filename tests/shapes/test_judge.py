@@ -67,16 +67,16 @@ def share_right(number, condition, seed):
     return np.mean([v.correct for v in verdicts]), [v.reason for v in verdicts if not v.correct]
 
 
-@pytest.mark.parametrize(("condition", "least"), CONDITIONS)
+@pytest.mark.parametrize(("condition", "least"), CONDITIONS[:1])
 def test_the_judge_reads_what_was_drawn(condition, least):
-    share, reasons = share_right(120, condition, seed=10)
+    share, reasons = share_right(48, condition, seed=10)
     assert share >= least, reasons
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("condition", "least"), CONDITIONS)
 def test_the_judge_reads_many_pictures(condition, least):
-    share, reasons = share_right(900, condition, seed=11)
+    share, reasons = share_right(450, condition, seed=11)
     assert share >= least, reasons
 
 
@@ -109,12 +109,12 @@ def share_rejected(number, seed):
 
 
 def test_the_judge_rejects_scenes_of_other_prompts():
-    assert share_rejected(150, seed=12) >= 0.99
+    assert share_rejected(60, seed=12) >= 0.99
 
 
 @pytest.mark.slow
 def test_the_judge_rejects_many_scenes_of_other_prompts():
-    assert share_rejected(1200, seed=13) >= 0.99
+    assert share_rejected(600, seed=13) >= 0.99
 
 
 # --- single rules --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.backbones.families.base import Family, save, tiny_clip, tiny_vae
+from tests.backbones.families.sd import tiny_unet
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -18,22 +19,6 @@ SCHEDULER = {
     "steps_offset": 1,
 }
 """What the motion adapters are published with."""
-
-
-def tiny_unet() -> Any:
-    """A two-level image UNet on 4x4 latents."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
 
 
 def tiny_adapter() -> Any:

@@ -80,7 +80,6 @@ class Family:
         model_input: (scheduler, sample, timestep) -> the sample as the denoiser reads it, where the scheduler rescales.
         refines: Arguments of a pipeline that starts from an image: `image` [1, 3, H, W] and `strength`; such a policy
             draws with `refine` instead of `sample`.
-        unconditional: The prompt of the unconditional branch.
         callback: A function (pipeline, step, timestep, {"latents": ...}) -> arguments that have it called every step.
         load_lora: (pipeline, folder): plain diffusers reads what `save_trained` wrote.
         has_lora_loader: Whether the diffusers pipeline reads LoRA files.
@@ -105,7 +104,6 @@ class Family:
     guide: Callable[[Tensor, Tensor, float], Tensor] = _guide
     model_input: Callable[[Any, Tensor, Any], Tensor] = _sample
     refines: Mapping[str, Any] = field(default_factory=dict)
-    unconditional: str = ""
     callback: Callable[[Any], Mapping[str, Any]] = _on_step_end
     load_lora: Callable[[Any, Path], None] = _load_lora
     has_lora_loader: bool = True

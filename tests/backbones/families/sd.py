@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.backbones.families.base import Family, save, tiny_clip, tiny_vae
 
 
-def save_tiny(folder: Path, prediction_type: str) -> Path:
-    """A two-level UNet on 4x4 latents."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def tiny_unet() -> Any:
+    """A two-level image UNet on 4x4 latents."""
+    from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
-    tokenizer, text_encoder = tiny_clip()
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -26,6 +25,15 @@ def save_tiny(folder: Path, prediction_type: str) -> Path:
         attention_head_dim=2,
         norm_num_groups=4,
     )
+
+
+def save_tiny(folder: Path, prediction_type: str) -> Path:
+    """On 4x4 latents of 8x8 pictures."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    tokenizer, text_encoder = tiny_clip()
+    unet = tiny_unet()
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,0 +1,259 @@
+"""The half of a policy that is trained: adapters or all weights of the denoiser, the frozen reference, their files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from diffalign.backbones.loading import LORA_FILE, LoRA
+from diffalign.backbones.precision import halve
+from diffalign.policy import Policy
+from diffalign.randomness import generator
+
+ADAPTER = "default"
+"""Name of the trained adapter inside peft."""
+REFERENCE = "reference"
+"""Name of the frozen one beside it, where training goes on from an adapter; see `TrainedWeights.start_from`."""
+
+
+class TrainedWeights(Policy):
+    """Adapters, the switch between policy and reference, saving and loading; see `PipelinePolicy`.
+
+    The reference is one of three, and trainers cannot tell which: the denoiser with its adapter switched off; with a
+    second, frozen adapter, where training started from one; or a frozen copy, where all weights are trained.
+    """
+
+    part: ClassVar[str] = "transformer"
+    """Attribute of the pipeline that holds the denoiser."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers that get adapters unless the user names others."""
+
+    pipeline: Any
+    denoiser: Any
+    lora: LoRA | None
+    _frozen: Any
+    _has_reference_adapter = False
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The denoiser is the reference inside the block and the policy again after it, whatever happens."""
+        if self.lora is None:
+            yield
+            return
+        self._switch_adapter(False)
+        try:
+            yield
+        finally:
+            self._switch_adapter(True)
+
+    def _switch_adapter(self, on: bool) -> None:
+        for layer in self.denoiser.modules():
+            if isinstance(layer, BaseTunerLayer):
+                if self._has_reference_adapter:
+                    layer.set_adapter(ADAPTER if on else REFERENCE)
+                else:
+                    layer.enable_adapters(on)
+
+    def _add_adapter(self, lora: LoRA) -> None:
+        self._inject(self._adapter_settings(lora))
+        self._upcast_adapter()
+        self._initialise_adapter(lora)
+
+    def _adapter_settings(self, lora: LoRA) -> LoraConfig:
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha if lora.alpha is not None else lora.rank,
+            init_lora_weights="gaussian",
+            target_modules=list(lora.target_modules or self.lora_targets),
+            use_dora=lora.use_dora,
+            use_rslora=lora.use_rslora,
+        )
+
+    @classmethod
+    def add_adapter_to(cls, denoiser: Any, lora: LoRA) -> None:
+        """Puts untrained adapters into a denoiser that no pipeline holds, to be counted."""
+        policy = cls.__new__(cls)
+        policy.denoiser = denoiser
+        policy._inject(policy._adapter_settings(lora))
+
+    def _inject(self, settings: LoraConfig, name: str = ADAPTER) -> None:
+        self.denoiser.add_adapter(settings, adapter_name=name)
+
+    def _upcast_adapter(self) -> None:
+        for parameter in self.trainable_parameters():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    def _initialise_adapter(self, lora: LoRA) -> None:
+        """B = 0 as peft left it, and A normal with deviation 1 / rank (peft's "gaussian"), drawn from the seed.
+
+        A run that is killed before its first checkpoint then starts again from the same numbers.
+        """
+        for name, parameter in self.named_trainable():
+            if "lora_A" in name:
+                normal = torch.randn(parameter.shape, generator=generator(lora.seed, "adapter", name))
+                parameter.data.copy_(normal / lora.rank)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, or all of the denoiser's."""
+        return [parameter for _, parameter in self.named_trainable()]
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters with their names, in a fixed order."""
+        named = self.denoiser.named_parameters()
+        if self.lora is not None:
+            return [(n, p) for n, p in named if f".{ADAPTER}" in n and "lora_" in n]
+        return [(n, p) for n, p in named if p.requires_grad]
+
+    # --- all weights -------------------------------------------------------------------------------------------------
+
+    def _keep_copy(self, reference_dtype: torch.dtype | None) -> None:
+        """Keeps the frozen copy that full fine-tuning needs, and lets the denoiser be trained."""
+        self._frozen = copy.deepcopy(self.denoiser)
+        if reference_dtype is not None and reference_dtype != self.denoiser.dtype:
+            self._halve(self._frozen, reference_dtype)
+        self.denoiser.requires_grad_(True)
+
+    def _halve(self, module: Any, dtype: torch.dtype) -> None:
+        """Rounds the frozen copy; see `halve`."""
+        halve(module, dtype)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_trained(self, folder: Path) -> None:
+        """LoRA: `pytorch_lora_weights.safetensors`, as diffusers' `load_lora_weights` reads it. Full: `<part>/`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora is None:
+            self.denoiser.save_pretrained(folder / self.part)
+            return
+        type(self.pipeline).save_lora_weights(
+            folder,
+            safe_serialization=True,
+            **{
+                f"{self.part}_lora_layers": self._lora_layers(),
+                f"{self.part}_lora_adapter_metadata": adapter_metadata(self.denoiser),
+            },
+        )
+
+    def _lora_layers(self) -> dict[str, Tensor]:
+        """The adapter's tensors under the names that diffusers writes."""
+        layers: dict[str, Tensor] = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return layers
+
+    def load_trained(self, folder: Path) -> None:
+        """Reads `save_trained`'s folder into the policy; the reference stays what it is.
+
+        Raises:
+            ValueError: If the folder holds neither a LoRA file nor the denoiser's folder.
+        """
+        if self._has_lora(folder):
+            with _two_adapters():
+                self._load_adapter(folder)
+            if self._has_reference_adapter:
+                self._switch_adapter(True)
+        else:
+            states = self._full_weights(folder)
+            self._frozen = self._frozen or copy.deepcopy(self.denoiser).requires_grad_(False)
+            self._put(states, self.denoiser)
+        self.denoiser.eval()
+
+    def start_from(self, folder: Path) -> None:
+        """Policy *and* reference take `save_trained`'s weights: training goes on from them.
+
+        An adapter is trained further itself, and the reference is a frozen second adapter with the weights it had. So
+        the file that is saved in the end fits the original base model, and replaces the one that training started
+        from. Both are exact: at the start, policy and reference are the same numbers.
+
+        Raises:
+            ValueError: See `load_trained`.
+        """
+        if not self._has_lora(folder):
+            states = self._full_weights(folder)
+            for module in (self.denoiser, self._frozen):
+                if module is not None:
+                    self._put(states, module)
+            return
+        self._load_adapter(folder)
+        settings: LoraConfig = copy.deepcopy(next(iter(self._modules().values())).peft_config[ADAPTER])
+        with _two_adapters():
+            self._inject(settings, REFERENCE)
+        named = dict(self.denoiser.named_parameters())
+        for name, parameter in named.items():
+            if f".{REFERENCE}" in name:
+                parameter.data = named[name.replace(f".{REFERENCE}", f".{ADAPTER}")].data.clone()
+        self._has_reference_adapter = True
+        self._switch_adapter(True)
+        self.denoiser.eval()
+
+    def _modules(self) -> Mapping[str, Any]:
+        """Parts of the pipeline that are trained, by their names."""
+        return {self.part: self.denoiser}
+
+    def _has_lora(self, folder: Path) -> bool:
+        return (folder / LORA_FILE).is_file()
+
+    def _load_adapter(self, folder: Path) -> None:
+        """Reads a LoRA file as the trained adapter, in the place of the one that is there."""
+        if self.lora is not None:
+            self.denoiser.delete_adapters(ADAPTER)
+        self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER)
+        self._take_settings(self.denoiser.peft_config[ADAPTER])
+
+    def _take_settings(self, config: LoraConfig) -> None:
+        """Makes a loaded adapter the policy's own."""
+        targets = tuple(sorted(config.target_modules))
+        self.lora = LoRA(config.r, config.lora_alpha, targets, use_dora=config.use_dora, use_rslora=config.use_rslora)
+        self._upcast_adapter()
+
+    def _full_weights(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        """Part -> state of the whole weights in a folder."""
+        modules = self._modules()
+        if not all(any((folder / part).glob("*.safetensors")) for part in modules):
+            folders = " and ".join(f"a {part} folder" for part in modules)
+            raise ValueError(f"{folder}: expected {self._lora_names()} or {folders} with safetensors, found neither")
+        return {
+            part: type(module).from_pretrained(folder / part, torch_dtype=module.dtype).state_dict()
+            for part, module in modules.items()
+        }
+
+    def _lora_names(self) -> str:
+        """The LoRA files that a folder must hold, for messages."""
+        return LORA_FILE
+
+    def _put(self, states: Mapping[str, Mapping[str, Tensor]], module: Any) -> None:
+        """Writes whole weights into the denoiser or its copy."""
+        module.load_state_dict(states[self.part])
+
+    @abstractmethod
+    def _place(self, module: Any) -> None:
+        """Makes the pipeline draw with `module`."""
+
+
+@contextmanager
+def _two_adapters() -> Iterator[None]:
+    """What peft warns of is meant here: two adapters, of which one is active at any time, and one that is replaced."""
+    with warnings.catch_warnings():
+        for message in (
+            "Already found a `peft_config` attribute",
+            f"Adapter {ADAPTER} was active which is now deleted",
+        ):
+            warnings.filterwarnings("ignore", message, UserWarning)
+        yield
+
+
+def adapter_metadata(denoiser: Any) -> dict[str, Any]:
+    """The adapter's settings as a LoRA file's metadata hold them; without them alpha is taken to be the rank."""
+    settings = denoiser.peft_config[ADAPTER].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}

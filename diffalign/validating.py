@@ -1,0 +1,127 @@
+"""How good the model is so far: validation of a run while it trains, and scores of drawn pictures.
+
+These put reward models and benchmarks to use, which the core reaches only here and in `diffalign.commands`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from diffalign.batches import PairBatch
+from diffalign.config import RunConfig
+from diffalign.data import EncodedPairs, PairSource
+from diffalign.generation import to_png
+from diffalign.policy import Policy
+from diffalign.randomness import Draw
+from diffalign.sharding import is_sharded
+from diffalign.videos import to_mp4
+
+logger = logging.getLogger("diffalign")
+
+
+class Validation:
+    """Validation of a run: implicit accuracy on fixed triples, pictures and their scores.
+
+    Args:
+        trainer: Whose policy is validated.
+        config: The run.
+        view: Pairs set aside for it, or None.
+        device: Where the trainer works.
+        main: Whether this process writes.
+    """
+
+    def __init__(
+        self, trainer: Any, config: RunConfig, view: EncodedPairs | None, device: torch.device, main: bool
+    ) -> None:
+        self.trainer, self.config, self.device, self.main = trainer, config, device, main
+        self.policy: Policy = trainer.policy
+        self.batches: list[PairBatch] = []
+        if view is not None and len(view):
+            source = PairSource(view, seed=config.seed, batch_size=1, prefetch=False)
+            size = config.training.per_device_train_batch_size
+            for batch in source.fixed_batches(len(view), size):
+                for k in range(config.training.validation_draws):
+                    draws = tuple(Draw(d.seed, d.epoch - k, d.pair_id) for d in batch.draws)
+                    self.batches.append(dataclasses.replace(batch, draws=draws))
+        self.scorer: Any = None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Metrics after `step` optimizer steps; pictures, if any are wanted, go into the run's folder."""
+        values = self._triples()
+        # A sharded denoiser draws with all processes or not at all.
+        if self.config.training.validation_prompts and (self.main or is_sharded(self.policy.denoiser)):
+            values |= self._pictures(step)
+        return values
+
+    @torch.no_grad()
+    def _triples(self) -> dict[str, float]:
+        """Means over the fixed (pair, timestep, noise) triples, the same ones at every call."""
+        sums: dict[str, float] = {}
+        count = sum(len(b) for b in self.batches)
+        for batch in self.batches:
+            metrics = self.trainer.loss(batch.to(self.device)).metrics
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(batch) / count
+        if "z_square" in sums:
+            sums["z_std"] = max(sums.pop("z_square") - sums["z_mean"] ** 2, 0.0) ** 0.5
+        return sums
+
+    def _pictures(self, step: int) -> dict[str, float]:
+        training, sampling = self.config.training, self.config.sampling
+        prompts = list(training.validation_prompts)
+        images = self.policy.sample(
+            prompts,
+            list(range(len(prompts))),
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+        )
+        self.policy.free_encoders()
+        if not self.main:
+            return {}
+        folder = Path(self.config.output_dir) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        row = torch.cat(list(images), dim=-1)  # side by side
+        if self.policy.is_video:
+            fps = sampling.fps or self.policy.frame_rate
+            (folder / f"step-{step:06d}.mp4").write_bytes(to_mp4(row, fps))
+        else:
+            (folder / f"step-{step:06d}.png").write_bytes(to_png(row))
+        if training.reward_model is None:
+            return {}
+        if self.scorer is None:
+            from diffalign.reward_models import load_reward_model
+
+            self.scorer = load_reward_model(training.reward_model)
+        return {f"score/{training.reward_model}": float(self.scorer(images, prompts).mean())}
+
+
+def judge_side(index: Path, scores_path: Path, benchmark: str | None, out: Path) -> None:
+    """Scores and verdicts of one side's pictures, as results rows beside their folder."""
+    from diffalign import plugins
+    from diffalign.eval import Case, Row, read_jsonl, write_rows
+    from diffalign.reward_models.media import to_rgb
+
+    scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)}
+    judge = plugins.find("eval", benchmark)() if benchmark else None
+    rows = []
+    for item in read_jsonl(index):
+        row = Row(
+            id=item["id"],
+            prompt=item["prompt"],
+            seed=item["seed"],
+            task=item.get("task"),
+            image=f"{index.parent.name}/{item['image']}",
+            scores=scores[item["id"]],
+        )
+        if judge is not None:
+            picture = pil_to_tensor(to_rgb(index.parent / item["image"])).float() / 255
+            verdict = judge.score(picture[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
+            row = dataclasses.replace(row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence)
+        rows.append(row)
+    write_rows(out, rows)

@@ -1,0 +1,70 @@
+"""The build of the embedded world, with a handful of steps: whole, resumable, and loadable afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffalign.backbones import load_policy
+from diffalign.reward_models import ShapesScore
+from diffalign.shapes.build import NoisyBatches, Stage, build, encode_scenes
+from diffalign.shapes.networks import build_tokenizer, build_vae
+
+
+def _stage(work: Path) -> tuple[Stage, nn.Linear]:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 1)
+    return Stage("tiny", work, {"layer": layer}, lr=1e-2, steps=9, ema=0.9), layer
+
+
+def test_a_stage_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    def loss_of(layer: nn.Linear, step: int, dies_at: int | None = None) -> Tensor:
+        if step == dies_at:
+            raise KeyboardInterrupt
+        rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        error: Tensor = (layer(rows) - rows.sum(1, keepdim=True)).square().mean()
+        return error
+
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, whole_layer = _stage(tmp_path / "whole")
+    whole.run(lambda step: loss_of(whole_layer, step), save_every=2)
+    killed, killed_layer = _stage(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(lambda step: loss_of(killed_layer, step, dies_at=5), save_every=2)
+    again, again_layer = _stage(tmp_path / "killed")
+    assert again.step == 4  # the last state that was saved
+    again.run(lambda step: loss_of(again_layer, step), save_every=2)
+    assert again.losses == whole.losses
+    again.load_average()
+    whole.load_average()
+    assert torch.equal(again_layer.weight, whole_layer.weight)
+
+
+def test_batches_mix_clean_and_poor_drawings_in_the_share_that_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae()
+    clean, poor = (encode_scenes(vae, tmp_path, 0, 100, poor=poor) for poor in (False, True))
+    assert clean[0].shape == poor[0].shape == (100, 16, 8, 8)
+    # The poor rows' prompts are replaced by the empty one, so that a batch shows which of its rows are poor.
+    batches = NoisyBatches(build_tokenizer(), clean, (poor[0], [""] * 100), scaling=1.0)
+    for share in (0.0, 0.6, 1.0):
+        ids = batches.draw(torch.Generator().manual_seed(0), share, size=4000)[3]
+        empty = float((ids == batches.empty).all(1).float().mean())
+        assert empty == pytest.approx(share + 0.1 * (1 - share), abs=0.02)  # a tenth has lost its prompt besides
+
+
+@pytest.mark.slow
+def test_the_whole_build_leaves_two_models_that_load(tmp_path: Path) -> None:
+    build(tmp_path, seed=3, vae_steps=2, denoiser_steps=2, mixed_steps=2, scorer_steps=2, scenes=500)
+    record = json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))
+    assert set(record["seconds"]) == {"vae", "denoiser", "denoiser_mixed", "scorer"}
+    assert record["megabytes"]["pipeline"] < 12
+    policy = load_policy(tmp_path / "pipeline")
+    images = policy.sample(["a photo of a red circle"], [0], guidance_scale=2.0, num_inference_steps=2)
+    assert images.shape == (1, 3, 64, 64)
+    assert ShapesScore(str(tmp_path / "scorer"))(images, ["a photo of a red circle"]).shape == (1,)
