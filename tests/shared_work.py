@@ -26,7 +26,8 @@ from diffalign.data import DataConfig, PairList, encode_pairs
 from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts
 from diffalign.mining import PairsConfig, mine_pairs
 from diffalign.processes import OtherProcessError, Processes, launched, leave
-from diffalign.reward_models.base import Media, RewardInfo, RewardModel
+from diffalign.reward_models.base import RewardInfo, RewardModel
+from diffalign.reward_models.media import Media
 from diffalign.reward_models.scoring import score_index
 
 torch.set_num_threads(1)
@@ -79,12 +80,12 @@ class Work:
                 images: Tensor = sample(*arguments, **options)
             return images
 
-        self.policy.sample = in_turn
         self.before: Callable[[], None] = lambda: None
+        self.policy.sample = in_turn  # type: ignore[method-assign]
 
     def at_every_batch(self, function: Callable[[], None]) -> None:
         """Calls the function before every batch of whatever is worked on."""
-        self.before = self.scorer.before = self.encoder.before_encode = function  # type: ignore[misc]
+        self.before = self.scorer.before = self.encoder.before_encode = function
 
     def sample(self, folder: Path, processes: Processes) -> None:
         generate(self.policy, REQUESTS, folder, SAMPLING, settings={}, processes=processes)

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffalign.trainers.base import LossOutput, PairTrainer
     from diffalign.trainers.diffusion_dpo import DiffusionDPO
+    from diffalign.trainers.flow_dpo import FlowDPO
+    from diffalign.trainers.npo import NPO
 
-__all__ = ["DiffusionDPO", "LossOutput", "PairTrainer"]
+__all__ = ["NPO", "DiffusionDPO", "FlowDPO", "LossOutput", "PairTrainer"]
 
-_HOMES = {"DiffusionDPO": "diffusion_dpo", "LossOutput": "base", "PairTrainer": "base"}
+_HOMES = {
+    "DiffusionDPO": "diffusion_dpo",
+    "FlowDPO": "flow_dpo",
+    "LossOutput": "base",
+    "NPO": "npo",
+    "PairTrainer": "base",
+}
 
 
 def __getattr__(name: str) -> Any:
