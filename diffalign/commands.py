@@ -377,7 +377,13 @@ def evaluate_config(config: RunConfig) -> Any:
     models = [load_reward_model(name, device=pick_device()) for name in evaluation.reward_models]
     folder = run / "evaluation"
     compared = trained_weights(config, source)
-    policy = load_model(config.model, source, **compared, size=picture_size(config))
+    policy = load_model(
+        config.model,
+        source,
+        adapter=compared.get("adapter"),
+        start=compared.get("start"),
+        size=picture_size(config),
+    )
     sampling = sampling.resolved(policy)
     settings: dict[str, Any] = {"n_expected": len(requests)}
     for side, reference in (("base", True), ("aligned", False)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import click
 
 from diffalign import commands
 from diffalign.checkpoints import write_text
+from diffalign.config import ConfigError
 
 CONFIG = "configs/demo.yaml"
 QUICK = (
@@ -35,7 +37,12 @@ def run(output: str, seeds: list[int], quick: bool = False) -> None:
         output: Folder of the run; with several seeds, of their runs.
         seeds: Seeds of pairs, training and evaluation pictures.
         quick: A few pictures and steps only.
+
+    Raises:
+        ConfigError: If a launcher started several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("the demo runs in one process; its commands, which it prints, may each be started in several")
     started = time.monotonic()
     for seed in seeds:
         folder = output if len(seeds) == 1 else f"{output}/seed{seed}"

@@ -83,6 +83,7 @@ def test_the_plan_counts_both_adapters(config: Any, earlier: dict[str, Path]) ->
     assert alone.memory["adapters of the reference"] == 0
 
 
+@pytest.mark.slow
 def test_evaluation_compares_a_run_with_what_it_started_from(
     config: Any, earlier: dict[str, Path], tmp_path: Path, policies: Any
 ) -> None:

@@ -152,6 +152,13 @@ def test_user_errors_are_one_line(case: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir()), "a refused command left files behind"
 
 
+def test_the_demo_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(cli, ["demo"])
+    assert result.exit_code == 2
+    assert "the demo runs in one process" in result.stderr
+
+
 def test_debug_shows_where_a_user_error_comes_from() -> None:
     result = CliRunner().invoke(cli, ["--debug", "train", "nothing.yaml"])
     assert isinstance(result.exception, ValueError)

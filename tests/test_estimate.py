@@ -211,6 +211,7 @@ def test_lora_settings_reach_peft(run_config: Any) -> None:
     assert any("magnitude" in name for name, _ in policy.named_trainable())
 
 
+@pytest.mark.slow
 def test_size_and_frames_reach_the_policy(run_config: Any) -> None:
     def policy(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
         config = run_config(model, data)

@@ -170,6 +170,7 @@ def test_a_comfyui_file_of_flux_draws_the_same_picture(models: Made, runs: Made,
     torch.testing.assert_close(draw(models["flux"], "flux", exported), ours, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_file_that_came_back_draws_the_same_picture_here(
     family: str, models: Made, runs: Made, tmp_path: Path
 ) -> None:
@@ -227,6 +228,7 @@ def test_rank_stabilised_scale_survives(models: Made, tmp_path: Path, policies: 
     torch.testing.assert_close(draw(models["sd"], "sd", exported), ours, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_every_kind_of_layer_with_different_alphas_and_ranks(family: Any, models: Made, tmp_path: Path) -> None:
     """diffusers would take one alpha for all attention layers of a kohya file, so one is written; the products stay."""

@@ -183,6 +183,7 @@ def test_another_margin_uses_images_and_scores_again(
     assert [row["margin"] >= margins[2] for row in rows_of(folder / "index.jsonl")] == [True] * 4
 
 
+@pytest.mark.slow
 def test_another_reward_model_or_seed_is_refused(policy: Any, mined: tuple[Path, dict[str, Any]]) -> None:
     before = contents(mined[0])
     with pytest.raises(ValueError, match="reward_weights"):

@@ -128,6 +128,7 @@ def test_licence_and_place_are_the_users(run: Path) -> None:
     assert "pipe.load_lora_weights('ada/aligned')" in loaded.text
 
 
+@pytest.mark.slow
 def test_base_that_is_no_hub_model(tmp_path: Path, tiny_pipeline: Path) -> None:
     """A local folder's name says nothing to others and does not get into the front matter; its family does."""
     local = make_run(tmp_path / "local", model={"pretrained_model_name_or_path": str(tiny_pipeline), "lora": {}})
@@ -173,6 +174,7 @@ def test_commands_of_the_run_are_shown_as_they_were(run: Path) -> None:
     assert "```bash\ndiffalign train configs/x.yaml seed=3\n```" in write_card(run).read_text()
 
 
+@pytest.mark.slow
 def test_curves(run: Path, tmp_path: Path) -> None:
     content = draw_curves(run)
     assert content is not None
@@ -320,6 +322,7 @@ def test_push_uploads_what_explains_the_weights_and_nothing_else(hub: Hub, run: 
     assert sum("/commit/" in path for path in hub.requests) == 1
 
 
+@pytest.mark.slow
 def test_a_card_edited_by_hand_is_published_as_it_is(hub: Hub, run: Path) -> None:
     edited = write_card(run).read_text().replace("# run", "# My own words")
     (run / CARD).write_text(edited)
@@ -349,6 +352,7 @@ def test_refusals_send_nothing(hub: Hub, run: Path, tmp_path: Path, monkeypatch:
         push_to_hub(tmp_path / "none", "ada/aligned", token="hf_right", endpoint=hub.address)
 
 
+@pytest.mark.slow
 def test_hub_that_is_away_or_refuses(hub: Hub, run: Path) -> None:
     with pytest.raises(PublishingError, match="does not accept the token .*, nothing was uploaded") as error:
         push_to_hub(run, "ada/aligned", token="hf_wrong", endpoint=hub.address)

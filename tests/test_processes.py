@@ -123,6 +123,7 @@ def of_one(work: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_make_what_one_makes(work: Any, of_one: Path, kind: str, tmp_path: Path) -> None:
     assert together(3, lambda processes: getattr(work, kind)(tmp_path, processes)) == [None] * 3

@@ -66,6 +66,7 @@ def test_unknown_laws_are_refused() -> None:
         draw_timesteps(CHAIN, DRAWS[:1], "sobol")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_density_of_stable_diffusion_3() -> None:
     """Golden values of the shift-3 table, and the law's median and tail: P(sigma > 0.5) = Phi(ln 3) = 0.864."""
     schedule = FlowSchedule(1000, shift=3.0)

@@ -96,7 +96,7 @@ class ModelSource:
     parts: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def inspect_model(name: str, revision: str | None = None, variant: str | None = None) -> ModelSource:
+def inspect_model(name: str | Path, revision: str | None = None, variant: str | None = None) -> ModelSource:
     """Finds a pipeline and reads its small configuration files; loads no weights.
 
     Args:
@@ -107,6 +107,7 @@ def inspect_model(name: str, revision: str | None = None, variant: str | None = 
     Raises:
         ValueError: If the model is missing, has pickle weights only, or is of an unknown family.
     """
+    name = str(name)
     folder = _local_folder(name)
     location = str(folder) if folder is not None else name
     index = _read_json(folder, name, "model_index.json", revision)
@@ -281,7 +282,7 @@ def policy_class(source: ModelSource) -> Any:
 
 
 def load_policy(
-    name: str | ModelSource,
+    name: str | Path | ModelSource,
     *,
     lora: LoRA | None = None,
     train: bool = False,

@@ -31,6 +31,7 @@ def base(folder: Path) -> Any:
     return load(folder)
 
 
+@pytest.mark.slow
 def test_the_defaults_are_the_published_pipelines(base: Any) -> None:
     assert (base.guidance_scale, base.num_inference_steps) == (7.5, 50)
     assert base.size == (8, 8)

@@ -115,6 +115,7 @@ def test_odd_latent_frames_are_filled_up_in_front(newer: Any) -> None:
     assert torch.equal(newer.decode(other), newer.decode(moments.mean))
 
 
+@pytest.mark.slow
 def test_the_filling_is_part_of_the_encoders_fingerprint(base: Any, newer: Any) -> None:
     assert base._encoding_settings() == {"filling": 0, "max_tokens": 32}
     assert newer._encoding_settings() == {"filling": 1, "max_tokens": 32}

@@ -282,6 +282,7 @@ def test_trained_weights_go_through_their_file(tiny: Tiny, tmp_path: Path) -> No
         torch.testing.assert_close(tiny.draw(pipeline, guidance), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=6.0), None], ids=["lora", "full"])
 def test_training_goes_on_from_trained_weights(tiny: Tiny, tmp_path: Path, lora: LoRA | None) -> None:
     """Policy and reference start as the given weights, exactly; what is saved fits the original base model."""

@@ -259,6 +259,7 @@ def test_readers_pass_over_pairs(helpers: Any, tmp_path: Path, streaming: bool) 
     assert reader.report.rows == 12
 
 
+@pytest.mark.slow
 def test_several_share_a_stream_and_one_goes_on(helpers: Any, encoder: Any, tmp_path: Path) -> None:
     """The bookmark stands where all shards before it are finished, so that none is missed."""
     config = write_stream(helpers, tmp_path / "data", 24, bad={6})

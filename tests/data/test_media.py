@@ -130,6 +130,7 @@ def test_the_cache_holds_the_models_own_latents(encoder: Any, tmp_path: Path) ->
     assert batch.chosen.shape == chosen.mean.shape
 
 
+@pytest.mark.slow
 def test_the_key_follows_frames_and_rate(encoder: Any, tmp_path: Path) -> None:
     pairs = PairList(make_pairs(1))
     keys = {encode_pairs(pairs, encoder, CONFIG, tmp_path).fingerprint}

@@ -103,6 +103,7 @@ def test_it_is_written_into_the_run_by_default(finished_run, html):
     assert not list(finished_run.glob(".*partial"))
 
 
+@pytest.mark.slow
 def test_it_asks_the_network_for_nothing(html, page):
     assert not re.search(r"(https?|ftp|file):|//\w", re.sub(r"data:image/\w+;base64,[\w+/=]+", "", html))
     assert not re.search(r"@import|url\((?!#)", html)
@@ -200,6 +201,7 @@ def test_it_says_how_the_run_was_made(page):
         assert text in words
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_reports(finished_run, html, tmp_path):
     assert write_report(finished_run, tmp_path / "deep" / "again.html").read_text(encoding="utf-8") == html
 

@@ -132,7 +132,7 @@ CASES = [
         tokens=226,
     ),
     Case("wan21-1.3b-480p", "wan", WAN["Wan2.1-T2V-1.3B"][0], (9, 60, 104), {"hidden": 4096}),
-    Case("ltx-2b-512x704", "ltx", LTX_2B, (13, 16, 22), {"hidden": 4096}),
+    Case("ltx-2b-512x768", "ltx", LTX_2B, (13, 16, 24), {"hidden": 4096}),
     Case(
         "hunyuan-video-540p",
         "hunyuan-video",
@@ -183,7 +183,7 @@ def build(
     pipeline = small.pipeline
     setattr(pipeline, small.part, denoiser)
     policy = policy_class(source)(
-        pipeline.to(device),
+        pipeline if device.type == "meta" else pipeline.to(device),
         source,
         lora=LoRA(rank=8) if mode == "lora" else None,
         train=True,

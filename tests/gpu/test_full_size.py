@@ -70,6 +70,7 @@ def test_real_widths_train_on_a_gpu(case: Case, mode: str, tmp_path: Path) -> No
 FIRST = {case.family: case for case in reversed(CASES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=() if name == "sd-epsilon" else pytest.mark.slow) for name in sorted(FIRST)],
@@ -82,8 +83,8 @@ def test_the_same_code_runs_tiny_on_a_cpu(family: str, tmp_path: Path) -> None:
         assert found["trained_parameters"] > 0
 
 
-VALUES_NEEDED = ("qwen-image", "z-image")
-"""Their denoisers' calls depend on how many tokens a mask leaves, which the meta device does not know."""
+UNCALLED = ("mochi", "qwen-image", "z-image")
+"""Qwen-Image and Z-Image compute with as many tokens as a mask leaves, and Mochi uses autocast: not on "meta"."""
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_real_widths_fit_together_on_the_meta_device(case: Case, tmp_path: Path)
     BY_NAME[case.family].save(folder)
     policy, embedded = build(case, folder, "lora", tiny=False, dtype=torch.bfloat16, device=device)
     assert policy.latent_shape[1:] == case.grid
-    if case.family in VALUES_NEEDED:
+    if case.family in UNCALLED:
         return
     latents = torch.zeros(1, *policy.latent_shape, device=device)
     conditioning = Conditioning({name: tensor.to(device) for name, tensor in embedded.items()})

@@ -130,6 +130,7 @@ def test_learning_rates_count_optimizer_steps(start: Any) -> None:
     assert column(fit(trainer, source, config), "lr") == pytest.approx([1e-3 * min(s / 4, 1) for s in range(6)])
 
 
+@pytest.mark.slow
 def test_scale_lr_multiplies_by_the_pairs_of_a_step(start: Any) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-6}
     folder = fit(*start(max_train_steps=1, scale_lr=True, **options))
@@ -187,6 +188,7 @@ def test_the_moving_average_is_the_average(start: Any) -> None:
     assert same({name: p.detach() for name, p in other.policy.named_trainable()}, last)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_saves_the_unet(start: Any, tiny_pipeline: Path) -> None:
     trainer, source, config = start(lora=None, max_train_steps=2, learning_rate=1e-4)
     folder = fit(trainer, source, config)
@@ -234,6 +236,7 @@ def test_methods_without_pairs_have_fewer_metrics(start: Any) -> None:
     assert len(column(fit(trainer, source, config), "loss")) == 2
 
 
+@pytest.mark.slow
 def test_trainer_and_source_are_told_of_every_step(start: Any) -> None:
     trainer, source, config = start(max_train_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=1)
     told: list[tuple[str, int]] = []

@@ -40,6 +40,7 @@ def test_sigterm_saves_leaves_quietly_and_goes_on_as_if_nothing_had_happened(sta
     assert same(trained_file(folder / "ema"), trained_file(whole / "ema"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_changes_nothing(start: Any) -> None:
     folder = fit(*start(max_train_steps=2, resume_from_checkpoint="latest"))
     before = trained_file(folder), rows(folder)
@@ -49,6 +50,7 @@ def test_a_finished_run_resumed_changes_nothing(start: Any) -> None:
     assert rows(folder) == before[1]
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_can_be_resumed(start: Any) -> None:
     folder = fit(*start(max_train_steps=3, checkpointing_steps=1))
     before = rows(folder)
@@ -69,6 +71,7 @@ def test_other_settings_are_refused_before_anything_is_touched(start: Any) -> No
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_in_a_thread_cannot_listen_for_signals_and_runs_all_the_same(start: Any) -> None:
     parts, done = start(max_train_steps=1), []
     thread = threading.Thread(target=lambda: done.append(fit(*parts)))

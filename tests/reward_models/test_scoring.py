@@ -99,6 +99,7 @@ def test_other_weights_under_the_same_name_are_not_mixed(index, models, tmp_path
     assert score_index(index, [other], out, progress=False).computed == 11
 
 
+@pytest.mark.slow
 def test_every_torn_journal_ends_in_the_same_output(index, models, tmp_path):
     """Cuts the journal of a whole run at many places, as a kill would, and goes on from there."""
     score_index(index, models, tmp_path / "whole.jsonl", batch_size=4, progress=False)

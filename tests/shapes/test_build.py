@@ -45,6 +45,7 @@ def test_a_stage_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> N
     assert torch.equal(again_layer.weight, whole_layer.weight)
 
 
+@pytest.mark.slow
 def test_batches_mix_clean_and_poor_drawings_in_the_share_that_is_asked_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = build_vae()

@@ -238,6 +238,7 @@ def spoilt(number, seed):
         yield prompt, scene, spoil_scene(prompt, scene, generator)
 
 
+@pytest.mark.slow
 def test_a_spoilt_scene_is_never_what_the_prompt_asks():
     for prompt, scene, wrong in spoilt(48, seed=3):
         verdict = judge(render(wrong), prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from diffalign.backbones import LoRA, load_policy
@@ -21,6 +22,7 @@ def test_its_loss_is_the_swapped_pairs_loss() -> None:
     assert abs(float(losses[0].loss) - 0.954740) < 1e-6
 
 
+@pytest.mark.slow
 def test_three_steps_leave_the_weights_of_dpo_on_flipped_labels(tiny_pipeline: Path, batches: Batches) -> None:
     """Check 7.5.1: training NPO equals training DPO on a data set with its labels flipped."""
     weights = []
