@@ -101,6 +101,8 @@ def load_model(
     )
     if model.vae_slicing or model.vae_tiling:
         policy.divide_vae(slicing=model.vae_slicing, tiling=model.vae_tiling)
+    if model.channels_last:
+        policy.to_channels_last()
     return cast(Policy, policy)
 
 
@@ -325,8 +327,6 @@ def _training_policy(config: RunConfig, source: ModelSource, device: torch.devic
     )
     if model.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
-    if model.channels_last:
-        policy.to_channels_last()
     if model.torch_compile:
         policy.compile(model.torch_compile_backend)
     return cast(Policy, policy)

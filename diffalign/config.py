@@ -65,7 +65,7 @@ class ModelConfig(_Strict):
         quantization: "nf4" (bitsandbytes) or "int8" (torchao) weights of the denoiser under the adapters, QLoRA.
         torch_compile: Compile the denoiser; worth its minutes in long runs on a GPU.
         torch_compile_backend: Backend of `torch.compile`.
-        channels_last: Weights of a UNet in the order that convolutions on GPUs like best.
+        channels_last: Weights of a UNet in the order that convolutions compute faster with, on GPUs and CPUs.
         vae_slicing: Encode and decode one picture at a time, to save memory.
         vae_tiling: Encode and decode large pictures in overlapping tiles; changes latents slightly where tiles meet.
     """

@@ -273,7 +273,7 @@ class PipelinePolicy(Encoders, TrainedWeights):
         return _Frozen(self)
 
     def to_channels_last(self) -> None:
-        """Puts convolution weights into the order GPUs like best.
+        """Puts convolution weights into the order that convolutions compute faster with.
 
         Raises:
             ValueError: If the denoiser is no UNet, where nothing would be gained.
