@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 
 from torch import nn
+
+
+def check_attention(name: str) -> None:
+    """Refuses a name that nobody knows, and xformers where it is not installed; needs no model.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if name == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise ValueError(
+            "attention: xformers is not installed; run `pip install 'diffalign[xformers]'` or use 'native'"
+        )
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted({"native", "xformers", *(str(backend.value) for backend in AttentionBackendName)})
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"attention: unknown backend {name!r}{hint} (available: {', '.join(known)})")
 
 
 def set_attention(denoiser: nn.Module, name: str) -> int:
@@ -26,10 +46,7 @@ def set_attention(denoiser: nn.Module, name: str) -> int:
         if not processors:
             raise ValueError(f"found no attention module in {type(denoiser).__name__}")
         return len(processors)
-    if name == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise ValueError(
-            "attention: xformers is not installed; run `pip install 'diffalign[xformers]'` or use 'native'"
-        )
+    check_attention(name)
     switch_backend = getattr(denoiser, "set_attention_backend", None)
     try:
         if switch_backend is not None:

@@ -35,7 +35,10 @@ class Conditioning:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to a device; floating-point tensors also cast to `dtype` if one is given."""
         return Conditioning(
-            {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in self.tensors.items()}
+            {
+                n: t.to(device, dtype if t.is_floating_point() else None, non_blocking=t.is_pinned())
+                for n, t in self.tensors.items()
+            }
         )
 
     @staticmethod
@@ -79,9 +82,20 @@ class PairBatch:
         """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
         return PairBatch(
             self.conditioning.to(device, dtype),
-            self.chosen.to(device, dtype),
-            self.rejected.to(device, dtype),
-            self.weight.to(device),
+            self.chosen.to(device, dtype, non_blocking=self.chosen.is_pinned()),
+            self.rejected.to(device, dtype, non_blocking=self.rejected.is_pinned()),
+            self.weight.to(device, non_blocking=self.weight.is_pinned()),
+            self.draws,
+        )
+
+    def pin_memory(self) -> PairBatch:
+        """The same batch in memory that a GPU copies from without waiting for the CPU; needs CUDA."""
+        conditioning = Conditioning({n: t.pin_memory() for n, t in self.conditioning.tensors.items()})
+        return PairBatch(
+            conditioning,
+            self.chosen.pin_memory(),
+            self.rejected.pin_memory(),
+            self.weight.pin_memory(),
             self.draws,
         )
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 
-from diffalign import checkpoints
+from diffalign import checkpoints, plugins
 from diffalign.backbones import LoRA, ModelSource, inspect_model, load_policy
 from diffalign.backbones.loading import LORA_FILE, check_gradient_checkpointing, check_options, policy_class
 from diffalign.backbones.starting import check_start
@@ -31,6 +30,7 @@ from diffalign.mining import mine_pairs
 from diffalign.policy import Policy
 from diffalign.processes import launched
 from diffalign.quantization import check_quantization
+from diffalign.training_checks import check_training
 from diffalign.validating import Validation, judge_side
 
 logger = logging.getLogger("diffalign")
@@ -302,6 +302,8 @@ def _checked(config: RunConfig) -> ModelSource:
         if lora is None:
             raise ConfigError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
         check_quantization(model.quantization, pick_device())
+    law = getattr(trainer_settings(config)[1], "timestep_sampling", "uniform")
+    check_training(config, source.prediction, law)
     picture_size(config)
     check_media_settings(
         source, num_frames=model.num_frames, options=model.options, data=config.data, sampling=config.sampling
@@ -365,6 +367,8 @@ def evaluate_config(config: RunConfig) -> Any:
 
     evaluation = config.evaluation
     run = Path(config.output_dir)
+    if evaluation.benchmark:
+        plugins.find("eval", evaluation.benchmark)
     source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
     check_options(source, config.model.options)
     policy_class(source).check_sampling(source)
@@ -439,9 +443,3 @@ def trained_weights(config: RunConfig, source: ModelSource) -> dict[str, str]:
     if not any(any(run.glob(name)) for name in files):
         return {"adapter": adapter}
     return {"start": adapter, "adapter": str(run)}
-
-
-def read_config_yaml(run_dir: str | Path) -> dict[str, Any]:
-    """The configuration a run was made with, as `train` wrote it."""
-    content: dict[str, Any] = yaml.safe_load((Path(run_dir) / "config.yaml").read_text(encoding="utf-8"))
-    return content

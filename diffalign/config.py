@@ -124,7 +124,9 @@ class TrainingConfig(_Strict):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0)
     scale_lr: bool = False
-    lr_scheduler: str = "constant_with_warmup"
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=0, ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     fused_optimizer: bool = False

@@ -302,9 +302,12 @@ class _Run:
             },
             path,
         )
+        saved = (
+            "the batch, without the sharded weights, is" if self.sharded else "the batch and the trained weights are"
+        )
         raise NonFiniteLossError(
             f"the {what} of step {self.step + 1} is not finite for pair(s) {', '.join(bad or ids)}; "
-            f"the batch and the trained weights are saved in {path} for replay (diffalign.loop.replay); "
+            f"{saved} saved in {path} for replay (diffalign.loop.replay); "
             "lower the learning rate, or leave the pair out"
         )
 
@@ -437,7 +440,8 @@ def replay(path: Path, trainer: Any) -> Any:
     state = torch.load(path, weights_only=True)
     with torch.no_grad():
         for name, parameter in trainer.policy.named_trainable():
-            parameter.copy_(state["weights"][name])
+            if state["weights"]:  # none are saved of parameters that were spread over processes
+                parameter.copy_(state["weights"][name])
     draws = tuple(Draw(*draw) for draw in state["draws"])
     batch = PairBatch(Conditioning(state["conditioning"]), state["chosen"], state["rejected"], state["weight"], draws)
     return trainer.loss(batch)

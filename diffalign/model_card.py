@@ -284,7 +284,8 @@ def _data_lines(run: Run) -> list[str]:
     manifests = sorted((run.folder / "cache").glob(f"{run.facts.get('cache', '*')}/{MANIFEST}"))
     if len(manifests) == 1:  # several, in a run that did not note its own: the folder does not tell which was used
         manifest = _json(manifests[0]) or {}
-        lines.append(f"Read: {ReadReport.from_json(manifest['report']).summary()}, at {manifest['resolution']} px")
+        size = "x".join(str(side) for side in manifest["size"])  # height x width
+        lines.append(f"Read: {ReadReport.from_json(manifest['report']).summary()}, at {size} px")
     if "pairs" in run.facts:
         held = (run.config.get("training") or {}).get("num_validation_pairs") or 0
         aside = f"; about {held} more, by whole prompts, were set aside for validation" if held else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -9,16 +10,27 @@ import torch
 from diffalign.config import TrainingConfig
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig, pairs_per_step: int) -> Any:
-    """The optimizer that `config.optimizer` names.
+def check_optimizer(config: TrainingConfig) -> None:
+    """Refuses what `make_optimizer` could not make.
 
     Raises:
-        ValueError: If it needs a package that is not installed, or has no fused form.
+        ValueError: If the optimizer needs a package that is not installed, or has no fused form.
     """
     if config.fused_optimizer and config.optimizer != "adamw":
         raise ValueError(
             f"training.fused_optimizer is for optimizer 'adamw', found {config.optimizer!r}; leave one of them out"
         )
+    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes; run `pip install 'diffalign[quantization]'`")
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig, pairs_per_step: int) -> Any:
+    """The optimizer that `config.optimizer` names.
+
+    Raises:
+        ValueError: See `check_optimizer`.
+    """
+    check_optimizer(config)
     lr = config.learning_rate * (pairs_per_step if config.scale_lr else 1)
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adafactor":
@@ -39,11 +51,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
         "eps": config.adam_epsilon,
     }
     if config.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise ValueError(
-                "optimizer 'adamw_8bit' needs bitsandbytes; run `pip install 'diffalign[quantization]'`"
-            ) from error
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+
         return AdamW8bit(parameters, **kwargs)
     return torch.optim.AdamW(parameters, fused=config.fused_optimizer or None, **kwargs)

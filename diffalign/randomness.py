@@ -2,7 +2,8 @@
 
 Every draw of a training pair (timestep, noise, posterior sample, caption drop, crop, flip) comes from a generator
 seeded with (run seed, epoch, pair id, purpose). Batch position, number of processes, resuming and caching can then
-not change a single number.
+not change a single number. What the encoded cache holds, such as the place of a random crop, is drawn once for all
+epochs.
 """
 
 from __future__ import annotations

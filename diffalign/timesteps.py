@@ -29,30 +29,41 @@ REFINER_SHARE = 5
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 
 
+def check_law(law: str, *, flow: bool) -> None:
+    """Refuses a law that a model's schedule has no meaning for.
+
+    Args:
+        law: Its name.
+        flow: Whether the model is a flow; a discrete chain otherwise.
+
+    Raises:
+        ValueError: If the law is unknown or belongs to the other kind.
+    """
+    if law not in get_args(TimestepLaw):
+        raise ValueError(f"unknown timestep_sampling {law!r} (available: {', '.join(get_args(TimestepLaw))})")
+    if law != "uniform" and flow != (law == "logit_normal"):
+        kinds = ("a flow", "a discrete chain of steps")
+        needed, found = kinds if law == "logit_normal" else kinds[::-1]
+        raise ValueError(f"timestep_sampling {law!r} is for {needed}, and this model is {found}; use 'uniform'")
+
+
 def draw_timesteps(schedule: Schedule, draws: Sequence[Draw], law: TimestepLaw = "uniform") -> Tensor:
     """One timestep per draw, [B], in the schedule's units.
 
     Raises:
         ValueError: For an unknown law, or a law of one kind of schedule on another.
     """
-    if law == "logit_normal":
-        if not isinstance(schedule, FlowSchedule):
-            raise ValueError(f"timestep_sampling {law!r} needs a flow schedule, got {type(schedule).__name__}")
+    check_law(law, flow=isinstance(schedule, FlowSchedule))
+    if isinstance(schedule, FlowSchedule) and law == "logit_normal":
         normal = torch.stack([draw.normal("timestep", (1,))[0] for draw in draws]).double()
         return schedule.timestep_of_index((schedule.steps * normal.sigmoid()).long().clamp(max=schedule.steps - 1))
     uniform = torch.tensor([draw.uniform("timestep") for draw in draws], dtype=torch.float64)
     timesteps = schedule.timesteps_at(uniform)
-    if law == "uniform":
+    if law == "uniform" or not isinstance(schedule, DiscreteSchedule):
         return timesteps
-    if not isinstance(schedule, DiscreteSchedule):
-        raise ValueError(f"timestep_sampling {law!r} needs a discrete schedule, got {type(schedule).__name__}")
     if law == "refiner":
         return timesteps % (len(schedule) // REFINER_SHARE)
-    choices = {"turbo": TURBO_TIMESTEPS, "turbo_informative": TURBO_TIMESTEPS[:-1]}
-    if law not in choices:
-        known = ", ".join(get_args(TimestepLaw))
-        raise ValueError(f"unknown timestep_sampling {law!r} (available: {known})")
-    table = torch.tensor(choices[law])
+    table = torch.tensor(TURBO_TIMESTEPS if law == "turbo" else TURBO_TIMESTEPS[:-1])
     return table[(uniform * len(table)).long()]
 
 

@@ -70,7 +70,7 @@ def make_run(folder: Path, **settings: Any) -> Path:
     report = {"rows": 40, "kept": 32, "ties": 8, "unlabelled": 0, "identical": 0, "corrupt": []}
     for name in ("cache/abc", "checkpoint-100"):
         (folder / name).mkdir(parents=True)
-    (folder / "cache" / "abc" / "manifest.json").write_text(json.dumps({"report": report, "resolution": 512}))
+    (folder / "cache" / "abc" / "manifest.json").write_text(json.dumps({"report": report, "size": [512, 768]}))
     (folder / "checkpoint-100" / "state.pt").write_bytes(b"optimizer")
     shutil.copy(folder / LORA_FILE, folder / "checkpoint-100")
     return folder

@@ -57,7 +57,7 @@ def test_flow_timesteps_are_real_numbers_and_know_only_the_uniform_law() -> None
     assert timesteps.is_floating_point()
     assert 0 <= float(timesteps.min()) <= float(timesteps.max()) < 1000
     for law in ("refiner", "turbo"):
-        with pytest.raises(ValueError, match=f"'{law}' needs a discrete schedule, got FlowSchedule"):
+        with pytest.raises(ValueError, match=f"'{law}' is for a discrete chain of steps, and this model is a flow"):
             draw_timesteps(FlowSchedule(), DRAWS[:1], law)  # type: ignore[arg-type]
 
 
@@ -80,5 +80,5 @@ def test_the_density_of_stable_diffusion_3() -> None:
     assert float((sigmas > 0.5).double().mean()) == pytest.approx(0.864, abs=0.01)
     unshifted = draw_timesteps(FlowSchedule(), [Draw(0, 0, f"{i}") for i in range(2000)], "logit_normal") / 1000
     assert float(unshifted.median()) == pytest.approx(0.5, abs=0.03)
-    with pytest.raises(ValueError, match="'logit_normal' needs a flow schedule, got DiscreteSchedule"):
+    with pytest.raises(ValueError, match="'logit_normal' is for a flow, and this model is a discrete chain of steps"):
         draw_timesteps(DiscreteSchedule.scaled_linear(), [Draw(0, 0, "a")], "logit_normal")

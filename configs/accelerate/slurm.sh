@@ -11,6 +11,8 @@
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 set -euo pipefail
+# torch's launcher kills its processes 30 seconds after it told them to stop; a step and a checkpoint may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDRESS="$first" GPUS=$((SLURM_NNODES * 8))

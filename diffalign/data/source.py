@@ -143,13 +143,15 @@ class PairSource:
         dropout = self._caption_dropout if training else 0.0
         dropped = [dropout > 0.0 and draw.uniform("caption") < dropout for draw in draws]
         chosen, rejected = self.encoded.moments(rows, mirrored)
-        return PairBatch(
+        batch = PairBatch(
             conditioning=self.encoded.conditioning(rows, dropped),
             chosen=self._latents(chosen, draws, "posterior/chosen"),
             rejected=self._latents(rejected, draws, "posterior/rejected"),
             weight=self.encoded.weights(rows),
             draws=draws,
         )
+        # Pinned here, in the thread that reads ahead, so that the copy to the GPU does not wait.
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _latents(self, moments: Moments, draws: Sequence[Draw], purpose: str) -> torch.Tensor:
         if self.encoded.sampled:

@@ -1,10 +1,11 @@
 """Rebuilds the embedded world from a seed: `python -m diffalign.shapes.build --out FOLDER`.
 
-Three trainings from scratch, in this order: the autoencoder on rendered scenes, the denoiser together with its
-text encoder on the encoded scenes of the *training* prompts, and the CLIP scorer on rendered pairs whose order is
-the renderer's truth. Every stage saves its state every few hundred steps under `FOLDER/work` and goes on from
-there when it is started again; the finished parts are exported in half precision to `FOLDER/pipeline` and
-`FOLDER/scorer`, in the layouts that diffusers and transformers publish.
+Trainings from scratch, in this order: the autoencoder on rendered scenes, the denoiser together with its text encoder
+on the encoded scenes of the *training* prompts, well drawn and then of mixed quality, and the CLIP scorer on rendered
+pairs whose order is the renderer's truth. Every stage saves its state every few hundred steps under `FOLDER/work` and
+goes on from there when it is started again; the finished parts are exported in half precision to `FOLDER/pipeline` and
+`FOLDER/scorer`, in the layouts that diffusers and transformers publish. `FOLDER/build.json` says how long it took and
+what the models can do.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from diffalign.backbones import load_policy
 from diffalign.backbones.sd import schedule_from_config
+from diffalign.eval import Shapes
+from diffalign.reward_models import ShapesScore
 from diffalign.shapes import networks
-from diffalign.shapes.scenes import Prompt, degrade, draw_scene, prompts, render, spoil_scene
+from diffalign.shapes.scenes import Prompt, degrade, draw_scene, parse_prompt, prompts, render, spoil_scene
 
 TASK_WEIGHTS = {
     "single_object": 0.08,
@@ -332,9 +336,42 @@ def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
     return sizes
 
 
+def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
+    """What the exported models can do on held-out prompts.
+
+    Args:
+        out: The folder with `pipeline` and `scorer`.
+        per_task: At most so many prompts of each task; None takes all.
+
+    Returns:
+        The base model's judge score with a guidance of 1, 2 and 3 (12 steps), the scorer's share of right answers on a
+        scene of the prompt against a spoilt one, and the autoencoder's mean absolute error in [0, 1].
+    """
+    policy, scorer, benchmark = load_policy(out / "pipeline"), ShapesScore(out / "scorer"), Shapes()
+    cases = [c for task in TASK_WEIGHTS for c in [c for c in benchmark.cases() if c.task == task][:per_task]]
+    found = {}
+    for guidance in (1.0, 2.0, 3.0):
+        rows = []
+        for start in tqdm(range(0, len(cases), 32), desc=f"judge, guidance {guidance:g}", unit="batch"):
+            some = cases[start : start + 32]
+            texts, seeds = [c.prompt for c in some], [c.seed for c in some]
+            images = policy.sample(texts, seeds, guidance_scale=guidance, num_inference_steps=12)
+            rows += benchmark.score(images, some)
+        found[f"judge score, guidance {guidance:g}"] = float(benchmark.aggregate(rows).scores["judge_score"].value or 0)
+    generator, _ = _generators(0, 9)
+    asked = [parse_prompt(c.prompt) for c in cases]
+    drawn = [draw_scene(p, generator) for p in asked]
+    spoilt = [render(spoil_scene(p, s, generator)) for p, s in zip(asked, drawn, strict=True)]
+    texts, pictures = [p.text for p in asked], [render(s) for s in drawn]
+    found["scorer accuracy"] = float((scorer(pictures, texts) > scorer(spoilt, texts)).float().mean())
+    pixels = to_pixels(pictures) / 2 + 0.5
+    found["autoencoder error"] = float((policy.decode(policy.encode(pixels).mean) - pixels).abs().mean())
+    return found
+
+
 def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 3340, mixed_steps: int = 3600,
-          scorer_steps: int = 1875, scenes: int = 30_000) -> None:  # fmt: skip
-    """Trains and exports everything; see the module's description."""
+          scorer_steps: int = 1875, scenes: int = 30_000, per_task: int | None = None) -> None:  # fmt: skip
+    """Trains, exports and appraises everything; see the module's description."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(work, seed, vae_steps)
@@ -343,7 +380,7 @@ def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int =
     sizes = export(out, pipeline, scorer)
     names = ("vae", "denoiser", "denoiser_mixed", "scorer")
     seconds = {n: torch.load(work / f"{n}.pt", weights_only=True)["seconds"] for n in names}
-    record = {"seed": seed, "seconds": seconds, "megabytes": sizes}
+    record = {"seed": seed, "seconds": seconds, "megabytes": sizes, "scores": appraise(out, per_task)}
     (out / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

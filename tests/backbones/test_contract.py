@@ -261,6 +261,7 @@ def test_training_lowers_the_loss_of_a_fixed_pair(tiny: Tiny, lora: LoRA | None)
         optimizer.zero_grad()
         losses.append(float(output.loss.detach()))
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses[1] < losses[0]
     assert losses[-1] < losses[0] - 1e-4
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -397,3 +397,20 @@ def test_gradient_checkpointing_changes_memory_and_no_number(trained: Any, batch
     again = gradients()
     assert calls.count(True) == 3  # the policy's activations are computed again in the backward pass
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({"cross_attention_dim": 768, "attention_head_dim": 8}, 859_520_964),
+        (
+            {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+            865_910_724,
+        ),
+    ],
+    ids=["sd1", "sd2"],
+)
+def test_published_sizes(changes: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, **changes)
+    assert sum(p.numel() for p in unet.parameters()) == parameters

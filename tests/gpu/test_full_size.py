@@ -71,10 +71,7 @@ FIRST = {case.family: case for case in reversed(CASES)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name == "sd-epsilon" else pytest.mark.slow) for name in sorted(FIRST)],
-)
+@pytest.mark.parametrize("family", sorted(FIRST))
 def test_the_same_code_runs_tiny_on_a_cpu(family: str, tmp_path: Path) -> None:
     case = FIRST[family]
     for mode in case.modes:

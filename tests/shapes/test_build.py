@@ -61,11 +61,12 @@ def test_batches_mix_clean_and_poor_drawings_in_the_share_that_is_asked_for(tmp_
 
 @pytest.mark.slow
 def test_the_whole_build_leaves_two_models_that_load(tmp_path: Path) -> None:
-    build(tmp_path, seed=3, vae_steps=2, denoiser_steps=2, mixed_steps=2, scorer_steps=2, scenes=500)
+    build(tmp_path, seed=3, vae_steps=2, denoiser_steps=2, mixed_steps=2, scorer_steps=2, scenes=500, per_task=1)
     record = json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))
     assert set(record["seconds"]) == {"vae", "denoiser", "denoiser_mixed", "scorer"}
     assert record["megabytes"]["pipeline"] < 12
+    assert set(record["scores"]) >= {"judge score, guidance 2", "scorer accuracy", "autoencoder error"}
     policy = load_policy(tmp_path / "pipeline")
     images = policy.sample(["a photo of a red circle"], [0], guidance_scale=2.0, num_inference_steps=2)
     assert images.shape == (1, 3, 64, 64)
-    assert ShapesScore(str(tmp_path / "scorer"))(images, ["a photo of a red circle"]).shape == (1,)
+    assert ShapesScore(tmp_path / "scorer")(images, ["a photo of a red circle"]).shape == (1,)

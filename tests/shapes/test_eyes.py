@@ -1,7 +1,7 @@
 """The judge against human eyes on 200 generated pictures.
 
 `generated/sheet.png` holds 200 pictures of 64x64 pixels, 20 a row: 100 of the embedded base model and 100 of an aligned
-one, drawn at random and shuffled. `generated/labels.jsonl` says of each whether a person who saw picture and prompt,
+one, drawn at random and shuffled. `generated/labels.jsonl` says of each whether somebody who saw picture and prompt,
 but not the judge's verdict, called it correct.
 """
 

@@ -1,0 +1,44 @@
+"""What a training run asks for and cannot have: found out before weights load or pairs are encoded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from diffalign.attention import check_attention
+from diffalign.config import ConfigError, RunConfig
+from diffalign.optimizers import check_optimizer
+from diffalign.predictions import Prediction
+from diffalign.timesteps import check_law
+
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""The modules of which a tracker needs one."""
+
+
+def check_training(config: RunConfig, prediction: Prediction, law: str) -> None:
+    """Refuses packages that are missing, and settings that the model's kind has no use for.
+
+    Args:
+        config: The whole configuration.
+        prediction: What the model predicts.
+        law: The trainer's `timestep_sampling`.
+
+    Raises:
+        ConfigError: With one line that says what was found and what to do.
+    """
+    _check_tracker(config.training.report_to)
+    try:
+        check_attention(config.model.attention)
+        check_optimizer(config.training)
+        check_law(law, flow=prediction is Prediction.VELOCITY)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_tracker(name: str | None) -> None:
+    """Accelerate leaves out a tracker whose package is missing, without a word."""
+    modules = TRACKERS.get(name or "")
+    if modules and not any(importlib.util.find_spec(module) for module in modules):
+        raise ConfigError(
+            f"training.report_to: {name!r} needs {modules[0]}; run `pip install 'diffalign[{name}]'`, or set "
+            "training.report_to=null (metrics.jsonl is written in any case)"
+        )
