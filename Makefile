@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: help install demo results test test-fast test-all check format build clean
 
 help:
-	@echo "make demo       align the embedded model and write runs/demo/report.html (about six minutes)"
+	@echo "make demo       align the embedded model and write runs/demo/report.html (under five minutes)"
 	@echo "make results    the same over the seeds $(SEEDS), pooled in runs/results"
 	@echo "make test       all tests that need neither network nor accelerator"
 	@echo "make test-fast  the quick ones (about three minutes)"
