@@ -18,7 +18,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
-QUICK_FAMILIES = ("sd-epsilon", "sd3")
+QUICK_FAMILIES = ("sd-epsilon",)
 """The others' contract is slow only because they are many."""
 
 # Collecting the tests imports some thousand modules whose objects stay for good: looking for garbage among them takes

@@ -38,6 +38,7 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> Any:
     return build
 
 
+@pytest.mark.slow
 def test_the_policy_of_a_run_starts_as_the_earlier_one(config: Any, earlier: dict[str, Path], batches: Any) -> None:
     run = config(adapter=str(earlier["lora"]))
     policy: Any = commands._training_policy(run, commands._checked(run), torch.device("cpu"))

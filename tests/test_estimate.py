@@ -39,6 +39,7 @@ def state_size(optimizer: Any) -> int:
     return size(t for t in tensors if t.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 3}, {"rank": 3, "use_dora": True, "target_modules": ["to_q"]}])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any, precision: str) -> None:
@@ -70,6 +71,7 @@ def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any
     assert found.total == sum(found.memory.values())
 
 
+@pytest.mark.slow
 def test_adafactor_keeps_rows_and_columns(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 2}}, optimizer="adafactor")
     source = inspect_model(config.model.pretrained_model_name_or_path)

@@ -212,6 +212,7 @@ def test_fingerprint_sees_weights_and_the_reference_ignores_adapters(tiny_pipeli
     assert weights_fingerprint(other, reference=True) != weights_fingerprint(policy, reference=True)
 
 
+@pytest.mark.slow
 def test_reference_images_are_the_base_models(tiny_pipeline: Path, policy: Any, finished: Path, tmp_path: Path) -> None:
     adapted = load_policy(str(tiny_pipeline), lora=LoRA(rank=2))
     for parameter in adapted.trainable_parameters():

@@ -128,6 +128,7 @@ def test_one_import_name() -> None:
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; write diffalign.{wrong[0]}"
 
 
+@pytest.mark.slow
 def test_every_imported_distribution_is_declared_and_explained() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in requirements}

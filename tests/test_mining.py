@@ -110,6 +110,7 @@ def test_the_folder_can_be_trained_on(mined: tuple[Path, dict[str, Any]]) -> Non
     assert [pair.pair_id for pair in pairs] == [row["id"] for row in rows_of(mined[0] / "index.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_direction_of_smaller_is_better_swaps_the_halves(
     policy: Any, mined: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_no_pair_at_all_is_an_error(policy: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "pairs" / "index.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_another_margin_uses_images_and_scores_again(
     policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +195,7 @@ def test_another_reward_model_or_seed_is_refused(policy: Any, mined: tuple[Path,
     assert contents(mined[0]) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, 1, 4, 6, 18])
 def test_interrupted_scoring_goes_on(
     policy: Any, mined: tuple[Path, dict[str, Any]], tmp_path: Path, rows: int

@@ -99,7 +99,7 @@ def test_card_of_a_lora_run(run: Path) -> None:
         "LoRA weights (rank 4, alpha 8)",
         f"pipe = DiffusionPipeline.from_pretrained('{BASE}')\npipe.load_lora_weights('path/to/this/folder')",
         "split `train`",
-        "32 pairs of 40 rows (8 ties), at 512 px",
+        "32 pairs of 40 rows (8 ties), at 512x768 px",
         "Trained on 30 of them; about 2 more",
         "kappa 1000",
         f"({CURVES})",
@@ -144,6 +144,7 @@ def test_base_that_is_no_hub_model(tmp_path: Path, tiny_pipeline: Path) -> None:
     assert "diffalign pairs config.yaml\ndiffalign train config.yaml" in text
 
 
+@pytest.mark.slow
 def test_card_of_full_fine_tuning(run: Path) -> None:
     (run / LORA_FILE).unlink()
     (run / "unet").mkdir()
@@ -169,6 +170,7 @@ def test_what_is_missing_is_said(run: Path) -> None:
     assert not (run / CURVES).exists()
 
 
+@pytest.mark.slow
 def test_commands_of_the_run_are_shown_as_they_were(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({"commands": ["diffalign train configs/x.yaml seed=3"]}))
     assert "```bash\ndiffalign train configs/x.yaml seed=3\n```" in write_card(run).read_text()
@@ -298,6 +300,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server.server_close()
 
 
+@pytest.mark.slow
 def test_push_uploads_what_explains_the_weights_and_nothing_else(hub: Hub, run: Path) -> None:
     url = push_to_hub(run, "ada/aligned", private=True, license="mit", token="hf_right", endpoint=hub.address)
     assert url == f"{hub.address}/ada/aligned/commit/1"

@@ -130,6 +130,7 @@ def test_several_make_what_one_makes(work: Any, of_one: Path, kind: str, tmp_pat
     assert contents(tmp_path) == contents(of_one / kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_number_of_processes_goes_on(work: Any, of_one: Path, kind: str, tmp_path: Path) -> None:
     """Three processes stop in the middle, one more stops, two finish; no batch is done twice."""

@@ -113,13 +113,13 @@ def test_euler_is_diffusers_own() -> None:
 def test_flow_solvers_keep_the_marginals(solver: FlowSDE | DanceSDE | Euler) -> None:
     """Standard normal data under its exact velocity stay standard normal, noise or not."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50_000, 1, generator=generator, dtype=torch.float64)
+    x = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     for t, s in pairwise(torch.linspace(1000, 0, 201, dtype=torch.float64)):
         u = t / 1000
         velocity = (2 * u - 1) / ((1 - u) ** 2 + u**2) * x
         step = solver.step(velocity, x, t[None], s[None])
         x = step.draw(torch.randn(x.shape, generator=generator, dtype=torch.float64))
-    assert float(x.std()) == pytest.approx(1.0, abs=0.015)
+    assert float(x.std()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_half_precision_outputs_are_computed_in_float32() -> None:

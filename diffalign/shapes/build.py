@@ -26,10 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from diffalign.backbones import load_policy
 from diffalign.backbones.sd import schedule_from_config
-from diffalign.eval import Shapes
-from diffalign.reward_models import ShapesScore
 from diffalign.shapes import networks
 from diffalign.shapes.scenes import Prompt, degrade, draw_scene, parse_prompt, prompts, render, spoil_scene
 
@@ -347,6 +344,10 @@ def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
         The base model's judge score with a guidance of 1, 2 and 3 (12 steps), the scorer's share of right answers on a
         scene of the prompt against a spoilt one, and the autoencoder's mean absolute error in [0, 1].
     """
+    from diffalign.backbones import load_policy
+    from diffalign.eval import Shapes
+    from diffalign.reward_models import ShapesScore
+
     policy, scorer, benchmark = load_policy(out / "pipeline"), ShapesScore(out / "scorer"), Shapes()
     cases = [c for task in TASK_WEIGHTS for c in [c for c in benchmark.cases() if c.task == task][:per_task]]
     found = {}

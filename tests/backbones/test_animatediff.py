@@ -14,6 +14,8 @@ from diffalign.schedules import DiscreteSchedule
 from tests.backbones.families.animatediff import SCHEDULER, save_tiny, tiny_adapter
 from tests.backbones.families.sd import save_tiny as save_tiny_sd
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 FRAMES = 3
 
 
@@ -31,7 +33,6 @@ def base(folder: Path) -> Any:
     return load(folder)
 
 
-@pytest.mark.slow
 def test_the_defaults_are_the_published_pipelines(base: Any) -> None:
     assert (base.guidance_scale, base.num_inference_steps) == (7.5, 50)
     assert base.size == (8, 8)
@@ -41,7 +42,6 @@ def test_the_defaults_are_the_published_pipelines(base: Any) -> None:
     assert any("motion_modules" in name for name, _ in base.denoiser.named_modules())
 
 
-@pytest.mark.slow
 def test_more_frames_than_positions_are_refused_and_16_are_the_default(folder: Path) -> None:
     assert load(folder, num_frames=8).latent_shape == (4, 8, 4, 4)
     with pytest.raises(ValueError, match="positions of 8 frames, got 16; use at most 8"):
@@ -77,7 +77,6 @@ def test_every_frame_is_encoded_and_decoded_as_an_image(base: Any) -> None:
             torch.testing.assert_close(decoded[row, frame], pixels.clamp(0, 1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_adapters_reach_all_attention_or_the_motion_modules_only(folder: Path, tmp_path: Path) -> None:
     everywhere = {name for name, _ in load(folder, lora=LoRA(rank=2), train=True).named_trainable()}
     policy = load(folder, lora=LoRA(rank=2, target_modules=MOTION_TARGETS), train=True)
@@ -94,7 +93,6 @@ def test_adapters_reach_all_attention_or_the_motion_modules_only(folder: Path, t
         load(folder, lora=LoRA(target_modules=("down.*.to_q",)), train=True)
 
 
-@pytest.mark.slow
 def test_an_image_model_and_an_adapter_become_a_folder(tmp_path: Path) -> None:
     """The three lines of the module's docstring."""
     from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
@@ -120,7 +118,6 @@ def test_an_image_unet_without_an_adapter_is_refused(tmp_path: Path) -> None:
         load(folder)
 
 
-@pytest.mark.slow
 def test_the_published_size() -> None:
     """Stable Diffusion 1.5 (860 M) and guoyww/animatediff-motion-adapter-v1-5-2 (454 M), counted on the meta device."""
     from diffusers import MotionAdapter, UNetMotionModel

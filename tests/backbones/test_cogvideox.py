@@ -13,6 +13,8 @@ from diffalign.predictions import Prediction
 from diffalign.schedules import DiscreteSchedule
 from tests.backbones.families.cogvideox import save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 PROMPTS = ["a red circle", "two blue squares and a star"]
 V15 = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False, "invert": True}
 
@@ -63,7 +65,6 @@ def test_at_pure_noise_the_prediction_is_minus_the_sample(base: Any) -> None:
     assert torch.equal(noise_again, noise)
 
 
-@pytest.mark.slow
 def test_the_dpm_scheduler_draws_as_the_pipeline_does(tmp_path: Path) -> None:
     """The scheduler that the authors recommend for 5B; its step has arguments of its own, and noise from the seeds."""
     from diffusers import CogVideoXPipeline
@@ -95,7 +96,6 @@ def test_frames_come_in_eights_and_one(folder: Path) -> None:
         load_policy(str(folder), num_frames=16)
 
 
-@pytest.mark.slow
 def test_odd_latent_frames_are_filled_up_in_front(newer: Any) -> None:
     """9 frames are 3 latent ones; a token takes two, so a copy of the first stands before them and is not decoded."""
     video = torch.rand(1, 9, 3, 32, 48, generator=torch.Generator().manual_seed(1))
@@ -115,7 +115,6 @@ def test_odd_latent_frames_are_filled_up_in_front(newer: Any) -> None:
     assert torch.equal(newer.decode(other), newer.decode(moments.mean))
 
 
-@pytest.mark.slow
 def test_the_filling_is_part_of_the_encoders_fingerprint(base: Any, newer: Any) -> None:
     assert base._encoding_settings() == {"filling": 0, "max_tokens": 32}
     assert newer._encoding_settings() == {"filling": 1, "max_tokens": 32}
@@ -143,7 +142,6 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_sizes(name: str) -> None:
     """Counted on the meta device; the rest of the 2B configuration is the class's default."""

@@ -13,6 +13,8 @@ from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.flux2 import FAMILIES, WIDTH, unpack
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = (16, 24)
 DEV = {
     "in_channels": 128,
@@ -64,7 +66,6 @@ def inputs(denoiser: Any) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.slow
 def test_the_network_is_given_what_the_pipeline_gives_it(dev: Any, folders: dict[str, Path]) -> None:
     """Tokens, times, guidance and positions one by one, with a guidance that is not the default."""
     pipeline = diffusers.Flux2Pipeline.from_pretrained(folders["flux2-dev"], dtype=torch.float32)
@@ -80,7 +81,6 @@ def test_the_network_is_given_what_the_pipeline_gives_it(dev: Any, folders: dict
             assert all(torch.equal(ours[-1][name], rows) for rows in expected[name])
 
 
-@pytest.mark.slow
 def test_latents_are_the_patches_that_the_pipeline_normalises(klein: Any) -> None:
     """The pipeline encodes reference images: the mean of our moments is what it makes of the same pixels."""
     images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,6 @@ def test_noise_is_what_the_scheduler_adds(klein: Any) -> None:
     torch.testing.assert_close(pack(klein.schedule.add_noise(latents, noise, timesteps)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_distilled_and_base_klein_have_their_own_defaults(klein: Any, dev: Any, folders: dict[str, Path]) -> None:
     base = load_policy(str(folders["flux2-klein-base"]), size=SIZE)
     assert (klein.guidance_scale, klein.num_inference_steps) == (1.0, 4)
@@ -112,7 +111,6 @@ def test_distilled_and_base_klein_have_their_own_defaults(klein: Any, dev: Any, 
     assert klein.schedule.shift == dev.schedule.shift == 1.0  # the dynamic shift is the sampler's
 
 
-@pytest.mark.slow
 def test_three_layers_of_the_language_model_are_the_text(klein: Any, dev: Any) -> None:
     """Prompts are counted with the template around them, and cut where the pipeline cuts them."""
     klein_template = len("user\n" + "\n" + "assistant\n" + "\n\n" + "\n\n") + 5  # two im_start, im_end, think, /think
@@ -124,7 +122,6 @@ def test_three_layers_of_the_language_model_are_the_text(klein: Any, dev: Any) -
         assert torch.equal(cut, longer)
 
 
-@pytest.mark.slow
 def test_the_text_around_the_prompt_is_part_of_the_fingerprint(folders: dict[str, Path]) -> None:
     policy: Any = load_policy(str(folders["flux2-dev"]), size=SIZE)
     other: Any = load_policy(str(folders["flux2-dev"]), size=SIZE)
@@ -137,7 +134,6 @@ def test_a_size_that_leaves_half_a_patch_is_refused(folders: dict[str, Path]) ->
         load_policy(str(folders["flux2-klein"]), size=(18, 16))
 
 
-@pytest.mark.slow
 def test_adapters_reach_the_fused_projections(folders: dict[str, Path]) -> None:
     """Eight in the double block, and both projections of each single block, where attention and MLP are one layer."""
     policy: Any = load_policy(str(folders["flux2-klein"]), size=SIZE, lora=LoRA(rank=2), train=True)

@@ -14,6 +14,8 @@ from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.hunyuan_video import FAMILIES, save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 FAMILY = FAMILIES[0]
 LATENTS = torch.randn((2, *FAMILY.latent_shape), generator=torch.Generator().manual_seed(0))
 TIMESTEPS = torch.tensor([1000.0, 250.0], dtype=torch.float64)
@@ -42,7 +44,6 @@ def inputs(denoiser: Any) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_network_is_given_what_the_pipeline_gives_it(folder: Path, dtype: torch.dtype) -> None:
     """With a guidance and a template that are not the default; in bfloat16 5.3 * 1000 is another number."""
@@ -89,7 +90,6 @@ def test_the_template_is_read_and_cut_again(policy: Any) -> None:
         assert mask[row].tolist() == [1] * count + [0] * (256 - count)
 
 
-@pytest.mark.slow
 def test_a_tokenizer_that_pads_on_the_left_is_told_not_to(policy: Any, tmp_path: Path) -> None:
     save_tiny(tmp_path)
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
@@ -108,7 +108,6 @@ def test_padding_is_not_read(policy: Any) -> None:
         torch.testing.assert_close(policy.predict(LATENTS, TIMESTEPS, other), expected)
 
 
-@pytest.mark.slow
 def test_the_template_decides_the_embeddings_and_their_fingerprint(policy: Any, folder: Path) -> None:
     other = load(folder)
     assert other.encoder_fingerprint() == policy.encoder_fingerprint()
@@ -119,7 +118,6 @@ def test_the_template_decides_the_embeddings_and_their_fingerprint(policy: Any, 
     assert all(bare == templated for bare, templated in counts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"num_frames": 6}, {"size": (24, 32)}])
 def test_sizes_that_do_not_fit_are_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"divisible by 16 and 4k \+ 1 frames, got"):

@@ -14,6 +14,8 @@ from diffalign.backbones import load_policy
 from diffalign.backbones.ltx import LTXPolicy
 from tests.backbones.families.ltx import LATENTS, save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = {"size": (32, 64), "num_frames": 9}
 PUBLISHED_2B = {
     "in_channels": 128,
@@ -99,7 +101,6 @@ def test_the_training_law_is_shifted_as_the_sampler_is_if_wanted(base: Any, monk
     torch.testing.assert_close(base.schedule.timestep_of_index(index).float() / 1000, shifted)
 
 
-@pytest.mark.slow
 def test_a_decoder_that_draws_noise_gives_the_same_video_for_the_same_latents(noisy_decoder: Any) -> None:
     vae = noisy_decoder.pipeline.vae
     raw, zero = latents(), torch.zeros(2)
@@ -141,7 +142,6 @@ def test_defaults_are_the_published_ones(folder: Path) -> None:
     assert (policy.guidance_scale, policy.num_inference_steps) == (3.0, 50)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("config", "count"), [(PUBLISHED_2B, 1.923e9), (PUBLISHED_13B, 13.04e9)], ids=["2b", "13b"])
 def test_full_size_transformers_have_the_published_number_of_parameters(config: Any, count: float) -> None:
     with torch.device("meta"):

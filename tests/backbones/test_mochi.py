@@ -14,6 +14,8 @@ from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.mochi import FAMILIES, save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 FAMILY = FAMILIES[0]
 LATENTS = torch.randn((2, *FAMILY.latent_shape), generator=torch.Generator().manual_seed(0))
 TIMESTEPS = torch.tensor([1000.0, 250.0], dtype=torch.float64)
@@ -84,7 +86,6 @@ def test_padding_is_not_read(policy: Any) -> None:
         torch.testing.assert_close(policy.predict(LATENTS, TIMESTEPS, other), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("force_zeros", "tokens"), [(True, 0), (False, 1)])
 def test_an_empty_prompt_blanks_no_other_row(tmp_path: Path, force_zeros: bool, tokens: int) -> None:
     """diffusers zeroes a whole batch whose last prompt is empty; captions are dropped row by row in training."""

@@ -13,6 +13,8 @@ from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.qwen_image import save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = (8, 12)
 UNREAD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
@@ -33,7 +35,6 @@ def inputs(policy: Any) -> tuple[Any, ...]:
     return latents, torch.tensor([300.0, 800.0]), policy.encode_prompts(PROMPTS)
 
 
-@pytest.mark.slow
 def test_latents_are_the_autoencoders_with_a_mean_and_a_deviation_per_channel(base: Any) -> None:
     images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     moments, config = base.encode(images), base.pipeline.vae.config
@@ -112,7 +113,6 @@ def test_guidance_changes_what_is_drawn_and_is_off_at_one(base: Any) -> None:
     assert not torch.allclose(draw(4.0), draw(1.0), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_layers_that_nothing_reads_are_not_trained(folder: Path) -> None:
     """The last block's text goes nowhere: distributed training would wait for its gradients for ever."""
     for lora in (LoRA(rank=2), LoRA(rank=2, target_modules=("to_add_out", "txt_mlp.net.2")), None):
@@ -144,7 +144,6 @@ def test_sizes_that_cannot_be_packed_are_refused(folder: Path) -> None:
         load_policy(str(folder), size=(8, 10))
 
 
-@pytest.mark.slow
 def test_the_published_transformer_has_twenty_billion_parameters() -> None:
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 

@@ -13,6 +13,8 @@ from diffalign.backbones.sana import SanaPolicy
 from diffalign.predictions import Prediction
 from tests.backbones.families import sana
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = (32, 64)
 
 
@@ -32,7 +34,6 @@ def policy(folder: Path) -> Any:
     return load_policy(str(folder), size=SIZE)
 
 
-@pytest.mark.slow
 def test_the_instruction_is_the_pipelines_and_the_empty_prompt_has_none(folder: Path, policy: Any) -> None:
     plain: Any = WithoutInstruction.load(inspect_model(str(folder)), size=SIZE)
     assert len(policy.instruction) == 8
@@ -88,7 +89,6 @@ def test_both_samplers_give_a_flow_with_its_shift(policy: Any, tmp_path: Path) -
     assert (policy.guidance_scale, policy.num_inference_steps) == (4.5, 20)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "parameters"),
     [

@@ -184,6 +184,7 @@ def test_prompts_and_seeds_go_together(base: Any) -> None:
         base.sample(["a", "b"], [0])
 
 
+@pytest.mark.slow
 def test_sampling_shows_the_trained_model_or_its_reference(trained: Any, base: Any) -> None:
     reference = sample(trained, reference=True)
     near(reference, sample(base))
@@ -195,6 +196,7 @@ def test_sampling_shows_the_trained_model_or_its_reference(trained: Any, base: A
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(rank=3, alpha=12.0), None], ids=["lora", "full"])
 def test_the_reference_equals_the_base_bit_for_bit(
     lora: LoRA | None, tiny_pipeline: Path, policies: Any, batches: Batches

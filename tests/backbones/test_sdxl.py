@@ -70,6 +70,7 @@ def test_the_refiner_reads_five_numbers_and_the_score_of_its_branch(refiner: Any
     assert seen_time_ids(refiner, refiner.encode_unconditional(2)).tolist() == [bad, bad]
 
 
+@pytest.mark.slow
 def test_dropped_captions_are_encoded_and_guidance_has_zeros(base: Any, refiner: Any) -> None:
     dropped = base.encode_prompts(["", "a red circle"])
     tokenizer, encoder = base.pipeline.tokenizer_2, base.pipeline.text_encoder_2

@@ -16,6 +16,8 @@ from diffalign.backbones import LoRA, load_policy
 from diffalign.backbones.base import LORA_FILE
 from tests.backbones.families.text_to_video import save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 FRAMES = 3
 
 
@@ -56,7 +58,6 @@ def test_the_defaults_are_the_published_pipelines(folder: Path) -> None:
     assert (policy.guidance_scale, policy.num_inference_steps, policy.num_frames) == (9.0, 50, 16)
 
 
-@pytest.mark.slow
 def test_frames_see_each_other(folder: Path, arguments: tuple[Any, ...]) -> None:
     policy, (latents, timesteps, conditioning) = load(folder), arguments
     changed = latents.clone()
@@ -66,7 +67,6 @@ def test_frames_see_each_other(folder: Path, arguments: tuple[Any, ...]) -> None
     assert not torch.allclose(one[:, :, 0], other[:, :, 0], atol=1e-4)
 
 
-@pytest.mark.slow
 def test_all_attention_gets_adapters_and_the_switch_reaches_every_one(folder: Path, arguments: tuple[Any, ...]) -> None:
     policy = load(folder, lora=LoRA(rank=2), train=True)
     layers = [m for m in policy.denoiser.modules() if isinstance(m, BaseTunerLayer)]
@@ -85,7 +85,6 @@ def _plain(folder: Path) -> list[tuple[str, Any]]:
     return list(load(folder).denoiser.named_modules())
 
 
-@pytest.mark.slow
 def test_the_file_says_what_the_adapter_is(trained: tuple[Any, Path]) -> None:
     with safe_open(trained[1] / LORA_FILE, framework="pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -94,7 +93,6 @@ def test_the_file_says_what_the_adapter_is(trained: tuple[Any, Path]) -> None:
     assert all(n.startswith("unet.") and ".lora_" in n for n in load_file(trained[1] / LORA_FILE))
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_file(folder: Path, trained: tuple[Any, Path], arguments: tuple[Any, ...]) -> None:
     """Into a policy that has another adapter already, as resuming does; the reference stays the base."""
     policy, saved = trained
@@ -109,7 +107,6 @@ def test_a_run_goes_on_from_the_file(folder: Path, trained: tuple[Any, Path], ar
         assert not torch.allclose(again.predict(*arguments), again.frozen().predict(*arguments), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_files_that_say_nothing_or_do_not_fit_are_refused(
     folder: Path, trained: tuple[Any, Path], tmp_path: Path
 ) -> None:
@@ -128,7 +125,6 @@ def test_files_that_say_nothing_or_do_not_fit_are_refused(
         load(folder, adapter=tmp_path / "nothing")
 
 
-@pytest.mark.slow
 def test_the_published_size() -> None:
     """ali-vilab/text-to-video-ms-1.7b: a UNet of 1.41 B (5.6 GB in float32), counted on the meta device."""
     from diffusers import UNet3DConditionModel

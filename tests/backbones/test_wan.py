@@ -18,6 +18,8 @@ from diffalign.backbones.base import LORA_FILE
 from diffalign.backbones.wan import Experts
 from tests.backbones.families.wan import STATISTICS, save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = {"size": (32, 48), "num_frames": 5}
 BOUNDARY = 700.0
 SECOND_FILE = "pytorch_lora_weights_transformer_2.safetensors"
@@ -75,7 +77,6 @@ def inputs(policy: Any, *timesteps: float) -> tuple[Tensor, Tensor, Any]:
     return noisy, torch.tensor(timesteps), conditioning
 
 
-@pytest.mark.slow
 def test_every_row_goes_to_the_expert_of_its_timestep(base: Any) -> None:
     noisy, timesteps, conditioning = inputs(base, 200.0, 900.0, BOUNDARY, BOUNDARY - 1)
     with torch.no_grad():
@@ -86,7 +87,6 @@ def test_every_row_goes_to_the_expert_of_its_timestep(base: Any) -> None:
             torch.testing.assert_close(output[one], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRA(rank=2), None], ids=["lora", "full"])
 @pytest.mark.parametrize("high", [False, True], ids=["low-noise", "high-noise"])
 def test_an_expert_without_rows_gets_a_gradient_of_zero(load: Any, lora: LoRA | None, high: bool) -> None:
@@ -104,7 +104,6 @@ def test_an_expert_without_rows_gets_a_gradient_of_zero(load: Any, lora: LoRA | 
             assert parameter.grad.any(), name
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_and_attention_reach_both_experts(load: Any) -> None:
     policy = load(lora=LoRA(rank=2), train=True, attention="_native_math")
     for expert in policy.denoiser.parts().values():
@@ -119,7 +118,6 @@ def test_gradient_checkpointing_and_attention_reach_both_experts(load: Any) -> N
     assert all(parameter.grad is not None for parameter in policy.trainable_parameters())
 
 
-@pytest.mark.slow
 def test_the_two_adapters_are_different_and_lie_in_two_files(load: Any, folder: Path, tmp_path: Path) -> None:
     policy = load(lora=LoRA(rank=2, alpha=6.0), train=True)
     with torch.no_grad():
@@ -140,7 +138,6 @@ def test_the_two_adapters_are_different_and_lie_in_two_files(load: Any, folder: 
         load(adapter=tmp_path)
 
 
-@pytest.mark.slow
 def test_full_weights_of_both_experts_become_a_diffusers_folder(load: Any, folder: Path, tmp_path: Path) -> None:
     policy = load(train=True)
     with torch.no_grad():
@@ -166,7 +163,6 @@ def test_full_weights_of_both_experts_become_a_diffusers_folder(load: Any, folde
     torch.testing.assert_close(ours, drawn, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["transformer", "transformer_2"])
 def test_an_index_with_one_expert_is_a_model_of_one(part: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "pipeline", (part,))
@@ -222,7 +218,6 @@ def test_latents_are_normalised_by_channel(base: Any) -> None:
         torch.testing.assert_close(moments.std[:, channel], posterior.std[:, channel] / std)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch: norms under autocast
 def test_a_reference_in_bfloat16_predicts_and_draws_with_both_experts(load: Any, base: Any) -> None:
     policy = load(train=True, dtype=torch.bfloat16)
@@ -255,7 +250,6 @@ def test_sizes_the_pipeline_would_change_are_refused(folder: Path, options: Any,
         load_policy(str(folder), **{**SIZE, **options})
 
 
-@pytest.mark.slow
 def test_default_sizes_are_the_published_ones(folder: Path, tmp_path: Path) -> None:
     def defaults(source: Path) -> tuple[Any, ...]:
         policy = load_policy(str(source))
@@ -266,7 +260,6 @@ def test_default_sizes_are_the_published_ones(folder: Path, tmp_path: Path) -> N
     assert defaults(save_tiny(tmp_path / "5b", per_token=True)) == ((704, 1280), 121, 5.0, 50)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size_transformers_have_the_published_number_of_parameters(name: str) -> None:
     config, count = PUBLISHED[name]

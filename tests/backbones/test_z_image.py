@@ -14,6 +14,8 @@ from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.z_image import save_tiny
 
+pytestmark = pytest.mark.slow  # as those of all families but the first ones
+
 SIZE = (8, 12)
 
 

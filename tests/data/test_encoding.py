@@ -80,6 +80,7 @@ def test_a_second_call_does_not_touch_the_encoder(helpers: Any, encoder: Any, tm
     assert again.fingerprint == first.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"resolution": 64}, {"random_flip": True}, {"cache": "sample"}, {"cache_dtype": "bfloat16"}],

@@ -85,6 +85,7 @@ def test_mirror_images_are_of_both_halves_and_all_frames(encoder: Any) -> None:
         assert int(plain[-1, 0, 0, 0]) < int(mirrored[-1, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_random_crops_are_of_one_place_for_a_pair_and_stay(encoder: Any) -> None:
     wide = ImageSource(clip(gradient()))
     starts = []
@@ -191,6 +192,7 @@ def test_a_folder_of_clips(index: str, encoder: Any, tmp_path: Path) -> None:
     assert "chosen: no file" in Preparation(config, encoder).decode(next(iter(load_pairs(config)))).reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("feature", [None, "Video"])
 def test_columns_of_a_data_set(feature: str | None, streaming: bool, encoder: Any, tmp_path: Path) -> None:

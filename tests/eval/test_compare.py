@@ -214,6 +214,7 @@ def a_run(draw, **sampling):
     return Run(base, aligned, settings, settings)
 
 
+@pytest.mark.slow
 def test_a_pool_reports_every_run_and_clusters_by_prompt():
     runs = {f"seed {i}": a_run(i) for i in range(3)}
     pooled = pool(runs)
@@ -245,6 +246,7 @@ def test_runs_of_a_pool_may_have_seeds_of_their_own():
     assert pooled.sampling == {**SETTINGS["sampling"], "seed": [0, 1]}
 
 
+@pytest.mark.slow
 def test_a_pool_counts_what_its_runs_miss():
     run = a_run(0)
     short = replace(run, aligned=run.aligned[:-3], n_expected=45)

@@ -98,6 +98,7 @@ def page(html):
     return Page(html)
 
 
+@pytest.mark.slow
 def test_it_is_written_into_the_run_by_default(finished_run, html):
     assert (finished_run / "report.html").read_text(encoding="utf-8") == html
     assert not list(finished_run.glob(".*partial"))
@@ -206,6 +207,7 @@ def test_equal_runs_give_equal_reports(finished_run, html, tmp_path):
     assert write_report(finished_run, tmp_path / "deep" / "again.html").read_text(encoding="utf-8") == html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "missing",
     [

@@ -80,6 +80,7 @@ def test_the_judge_score_is_the_mean_of_the_six_task_means(benchmark_and_rows):
     assert (report.n_expected, report.n_missing, report.partial) == (48, 0, False)
 
 
+@pytest.mark.slow
 def test_aggregation_needs_nothing_but_the_rows_in_any_order(benchmark_and_rows, tmp_path):
     bench, rows, _ = benchmark_and_rows
     write_rows(tmp_path / "rows.jsonl", rows[::-1])

@@ -95,6 +95,7 @@ def test_accumulation_is_a_larger_batch(start: Any, micro: int, size: int) -> No
     assert column(whole, "z_mean")[-1] != 0
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_at_the_norm_that_is_logged_before(start: Any) -> None:
     norms: list[float] = []
     trainer, source, config = start(max_train_steps=1, max_grad_norm=1e-3)
@@ -163,6 +164,7 @@ def test_one_step_is_the_optimizers_own(start: Any, optimizer: str) -> None:
     assert not same(before, expected)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_the_average(start: Any) -> None:
     """Decay min(d, (1 + s) / (10 + s)) at the s-th later step, and the first step is taken whole."""
     trainer, source, config = start(use_ema=True, ema_decay=0.3)
@@ -197,6 +199,7 @@ def test_full_fine_tuning_saves_the_unet(start: Any, tiny_pipeline: Path) -> Non
     assert not same(again.denoiser.state_dict(), trainer.policy._frozen.state_dict())
 
 
+@pytest.mark.slow
 def test_half_precision_trains_with_single_precision_weights(start: Any) -> None:
     trainer, source, config = start(max_train_steps=2, mixed_precision="bf16")
     folder = fit(trainer, source, config)

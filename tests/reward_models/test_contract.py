@@ -28,7 +28,13 @@ PROMPTS = ["a red circle", "two blue squares left of a green triangle", "x"]
 
 
 @pytest.fixture(
-    scope="module", params=["pickscore", "hpsv2.1", "clipscore", "clipscore-torchmetrics", "clipscore-logit", "shapes"]
+    scope="module",
+    params=[
+        "pickscore",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("hpsv2.1", "clipscore", "clipscore-torchmetrics")),
+        pytest.param("clipscore-logit", marks=pytest.mark.slow),
+        "shapes",
+    ],
 )
 def model(request, clip_folder, hps_folder, shapes_folder, hps_config) -> RewardModel:
     """No test may change it."""

@@ -77,6 +77,7 @@ def test_score_equals_numpy(hps, hps_folder, numpy_clip, photos):
         np.testing.assert_allclose(hps(photos, prompt).numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_versions(make_hps, hps_config, tmp_path, photos):
     make_hps(tmp_path, "HPS_v2.1_compressed.pt", seed=1)
     make_hps(tmp_path, "HPS_v2_compressed.pt", seed=2)

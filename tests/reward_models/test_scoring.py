@@ -157,6 +157,7 @@ def test_killed_in_the_middle_and_started_again(index, shapes_folder, tmp_path, 
     assert not journal.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

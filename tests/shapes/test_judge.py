@@ -108,6 +108,7 @@ def share_rejected(number, seed):
     return np.mean(rejected)
 
 
+@pytest.mark.slow
 def test_the_judge_rejects_scenes_of_other_prompts():
     assert share_rejected(60, seed=12) >= 0.99
 

@@ -68,6 +68,7 @@ def rows(batch: PairBatch, order: Sequence[int]) -> PairBatch:
     )
 
 
+@pytest.mark.slow
 def test_10_permuting_pairs_permutes_their_losses(lora_policy: Any, batches: Batches, policies: Any) -> None:
     """Check 7.1.10: losses belong to pairs, not to places; permuting only the rejected halves changes them."""
     policies.move_away(lora_policy)
