@@ -288,6 +288,11 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
 def _checked(config: RunConfig) -> ModelSource:
     """The model of a training run, if method, model and settings fit together; loads no weights."""
     trainer_class, _ = trainer_settings(config)
+    if getattr(trainer_class, "needs_rollouts", False):
+        raise ConfigError(
+            f"trainer {config.trainer['name']!r} learns from rollouts, which `diffalign train` does not make yet; call "
+            "diffalign.fit with a diffalign.rollouts.RolloutSource from Python"
+        )
     model = config.model
     source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
     check_options(source, model.options)

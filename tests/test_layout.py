@@ -29,6 +29,7 @@ CORE_REACHES = {
     "diffalign/__init__.py": {"trainers", "reward_models", "eval"},  # types only: the names are loaded when used
     "diffalign/commands.py": {"reward_models", "eval"},  # the commands' bodies put the parts together
     "diffalign/demo.py": {"eval"},
+    "diffalign/shapes/build.py": {"reward_models", "eval"},  # which appraises what it has built
     "diffalign/validating.py": {"reward_models", "eval"},
 }
 """The files of the core that may import a plugin folder, and only inside a function or for types."""

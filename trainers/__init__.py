@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffalign.trainers.base import LossOutput, PairTrainer
+    from diffalign.trainers.d3po import D3PO
     from diffalign.trainers.diffusion_dpo import DiffusionDPO
     from diffalign.trainers.flow_dpo import FlowDPO
+    from diffalign.trainers.inpo import InPO
     from diffalign.trainers.npo import NPO
 
-__all__ = ["NPO", "DiffusionDPO", "FlowDPO", "LossOutput", "PairTrainer"]
+__all__ = ["D3PO", "NPO", "DiffusionDPO", "FlowDPO", "InPO", "LossOutput", "PairTrainer"]
 
 _HOMES = {
+    "D3PO": "d3po",
     "DiffusionDPO": "diffusion_dpo",
     "FlowDPO": "flow_dpo",
+    "InPO": "inpo",
     "LossOutput": "base",
     "NPO": "npo",
     "PairTrainer": "base",

@@ -81,6 +81,8 @@ class PairTrainer:
 
     Config: ClassVar[type[PairTrainerConfig]] = PairTrainerConfig
     predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V, Prediction.VELOCITY})
+    needs_rollouts: ClassVar[bool] = False
+    """Whether it learns from the policy's own sampling steps; `diffalign train` has encoded pairs only."""
 
     def __init__(self, policy: Policy, config: PairTrainerConfig | None = None, **options: Any) -> None:
         self.config = config if config is not None else self.Config(**options)
