@@ -18,7 +18,7 @@ help:
 	@echo "make demo       align the embedded model and write runs/demo/report.html (under five minutes)"
 	@echo "make results    the same over the seeds $(SEEDS), pooled in runs/results"
 	@echo "make test       all tests that need neither network nor accelerator"
-	@echo "make test-fast  the quick ones (about three minutes)"
+	@echo "make test-fast  the quick ones (under a minute)"
 	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
 	@echo "make check      ruff, formatting and mypy"
 	@echo "make format     let ruff mend what it can"

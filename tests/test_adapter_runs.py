@@ -16,6 +16,8 @@ from diffalign.config import RunConfig
 from diffalign.estimate import estimate_run
 from diffalign.generation import weights_fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def earlier(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, policies: Any) -> dict[str, Path]:
@@ -38,7 +40,6 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> Any:
     return build
 
 
-@pytest.mark.slow
 def test_the_policy_of_a_run_starts_as_the_earlier_one(config: Any, earlier: dict[str, Path], batches: Any) -> None:
     run = config(adapter=str(earlier["lora"]))
     policy: Any = commands._training_policy(run, commands._checked(run), torch.device("cpu"))
@@ -84,7 +85,6 @@ def test_the_plan_counts_both_adapters(config: Any, earlier: dict[str, Path]) ->
     assert alone.memory["adapters of the reference"] == 0
 
 
-@pytest.mark.slow
 def test_evaluation_compares_a_run_with_what_it_started_from(
     config: Any, earlier: dict[str, Path], tmp_path: Path, policies: Any
 ) -> None:

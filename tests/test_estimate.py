@@ -15,6 +15,8 @@ from diffalign.config import ConfigError, RunConfig
 from diffalign.estimate import Estimate, estimate_run
 from diffalign.optimizers import make_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run_config(tiny_pipeline: Path, tmp_path: Path) -> Any:
@@ -39,7 +41,6 @@ def state_size(optimizer: Any) -> int:
     return size(t for t in tensors if t.ndim)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 3}, {"rank": 3, "use_dora": True, "target_modules": ["to_q"]}])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any, precision: str) -> None:
@@ -71,7 +72,6 @@ def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any
     assert found.total == sum(found.memory.values())
 
 
-@pytest.mark.slow
 def test_adafactor_keeps_rows_and_columns(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 2}}, optimizer="adafactor")
     source = inspect_model(config.model.pretrained_model_name_or_path)
@@ -84,7 +84,6 @@ def test_adafactor_keeps_rows_and_columns(run_config: Any) -> None:
     assert estimate(config).memory["optimizer (adafactor)"] == state_size(optimizer)
 
 
-@pytest.mark.slow
 def test_forward_passes_are_counted_as_the_papers_of_speed_count_them(
     run_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +103,6 @@ def test_quantized_weights_are_small(run_config: Any) -> None:
     assert packed.memory["adapters"] == whole.memory["adapters"]
 
 
-@pytest.mark.slow
 def test_the_full_size_of_sd15_without_its_weights(tmp_path: Path, tiny_pipeline: Path, run_config: Any) -> None:
     """859,520,964 parameters as published, of which full fine-tuning holds four float32 copies and half a fifth."""
     folder = tmp_path / "sd15"
@@ -131,7 +129,6 @@ def test_the_full_size_of_sd15_without_its_weights(tmp_path: Path, tiny_pipeline
     assert adapters.trainable == 1_594_368  # as diffusers' own LoRA script trains at rank 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 3}], ids=["full", "lora"])
 def test_two_experts_are_both_counted(run_config: Any, tmp_path: Path, lora: Any) -> None:
     """Wan 2.2: two denoisers are held and trained, and each row of a batch goes through one of them."""
@@ -202,7 +199,6 @@ def test_epochs_where_the_pairs_are_known(run_config: Any, tmp_path: Path) -> No
 # --- what `model` says reaches the policy -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_lora_settings_reach_peft(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 3, "alpha": 6, "use_dora": True, "use_rslora": True}})
     source = inspect_model(config.model.pretrained_model_name_or_path)
@@ -213,7 +209,6 @@ def test_lora_settings_reach_peft(run_config: Any) -> None:
     assert any("magnitude" in name for name, _ in policy.named_trainable())
 
 
-@pytest.mark.slow
 def test_size_and_frames_reach_the_policy(run_config: Any) -> None:
     def policy(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
         config = run_config(model, data)
@@ -228,7 +223,6 @@ def test_size_and_frames_reach_the_policy(run_config: Any) -> None:
         commands.picture_size(run_config({"resolution": 16}, {"train_data_dir": "x", "resolution": 32}))
 
 
-@pytest.mark.slow
 def test_vae_switches_survive_a_reload_and_change_no_or_another_cache(run_config: Any) -> None:
     def policy(**model: Any) -> Any:
         config = run_config(model)
@@ -246,7 +240,6 @@ def test_vae_switches_survive_a_reload_and_change_no_or_another_cache(run_config
     assert tiled.pipeline.vae.use_slicing
 
 
-@pytest.mark.slow
 def test_channels_last_and_compiling_change_no_numbers(run_config: Any, batches: Any) -> None:
     """Compiled with a backend that only captures: what is tested is that both halves go through it."""
     from diffalign.trainers.diffusion_dpo import DiffusionDPO

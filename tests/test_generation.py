@@ -201,6 +201,7 @@ def test_other_settings_in_the_same_folder_are_refused(policy: Any, finished: Pa
         claim_folder(tmp_path / "torn", {})
 
 
+@pytest.mark.slow
 def test_fingerprint_sees_weights_and_the_reference_ignores_adapters(tiny_pipeline: Path, policy: Any) -> None:
     adapted = load_policy(str(tiny_pipeline), lora=LoRA(rank=2))
     base = weights_fingerprint(policy)
@@ -343,6 +344,7 @@ def test_bad_prompt_arguments(tmp_path: Path) -> None:
         read_prompts("x.txt", 5, task_weights={"colors": 1})
 
 
+@pytest.mark.slow
 def test_embedded_prompts_are_balanced_seeded_and_nested() -> None:
     everything = read_prompts("diffalign://shapes/held_out")
     assert [row.prompt for row in everything] == [p.text for p in scenes.prompts("held_out")]

@@ -32,6 +32,8 @@ from tests.backbones.families import flux, sd, sdxl
 from tests.backbones.families.base import PROMPTS, save
 from tests.lora_files import content, delta, random_adapters
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 3, 5.0
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 DOUBLE_BLOCK = tuple(
@@ -162,7 +164,6 @@ def test_a_kohya_file_draws_the_same_picture(family: str, models: Made, runs: Ma
     torch.testing.assert_close(draw(models[family], family, exported), ours, atol=2e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_comfyui_file_of_flux_draws_the_same_picture(models: Made, runs: Made, tmp_path: Path) -> None:
     exported = export_lora(runs["flux"], tmp_path / "comfy.safetensors", "comfyui")
     assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight" in load_file(exported)
@@ -170,7 +171,6 @@ def test_a_comfyui_file_of_flux_draws_the_same_picture(models: Made, runs: Made,
     torch.testing.assert_close(draw(models["flux"], "flux", exported), ours, atol=2e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_file_that_came_back_draws_the_same_picture_here(
     family: str, models: Made, runs: Made, tmp_path: Path
 ) -> None:
@@ -215,7 +215,6 @@ def test_kohya_again_is_bit_equal(family: str, runs: Made, tmp_path: Path) -> No
     assert {float(v) for k, v in before.items() if k.endswith(".alpha")} <= {ALPHA, 3 * ALPHA}
 
 
-@pytest.mark.slow
 def test_rank_stabilised_scale_survives(models: Made, tmp_path: Path, policies: Any) -> None:
     """alpha / sqrt(rank) becomes the alpha that gives the same factor divided by the rank."""
     lora = LoRA(4, 6.0, ATTENTION, use_rslora=True)
@@ -228,7 +227,6 @@ def test_rank_stabilised_scale_survives(models: Made, tmp_path: Path, policies: 
     torch.testing.assert_close(draw(models["sd"], "sd", exported), ours, atol=2e-6, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_every_kind_of_layer_with_different_alphas_and_ranks(family: Any, models: Made, tmp_path: Path) -> None:
     """diffusers would take one alpha for all attention layers of a kohya file, so one is written; the products stay."""
@@ -257,7 +255,6 @@ def test_every_kind_of_layer_with_different_alphas_and_ranks(family: Any, models
     torch.testing.assert_close(draw(models[family], family, files["kohya"]), ours, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_comfyui_file_of_a_unet_names_the_original_layers(tmp_path: Path, runs: Made) -> None:
     exported = load_file(export_lora(runs["sdxl"], tmp_path / "comfy.safetensors", "comfyui"))
     kohya = load_file(export_lora(runs["sdxl"], tmp_path / "kohya.safetensors", "kohya"))
@@ -325,7 +322,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, runs: Made) -> Non
     assert not out.exists()
 
 
-@pytest.mark.slow
 def test_the_family_is_told_by_the_run_or_its_layers(tmp_path: Path, runs: Made) -> None:
     alone = {name: tmp_path / f"{name}.safetensors" for name in FAMILIES}
     for name, path in alone.items():

@@ -160,6 +160,7 @@ def test_invalid_scores_drop_the_image_and_are_named(
     assert [scores[name] for name in refuse] == [None] * 3
 
 
+@pytest.mark.slow
 def test_no_pair_at_all_is_an_error(policy: Any, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="not one pair could be made from 6 prompts: 6 groups differ by less"

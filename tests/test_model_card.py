@@ -121,6 +121,7 @@ def test_card_of_a_lora_run(run: Path) -> None:
     assert str(run.parent) not in text
 
 
+@pytest.mark.slow
 def test_licence_and_place_are_the_users(run: Path) -> None:
     loaded = ModelCard.load(write_card(run, license="openrail++", repo_id="ada/aligned"))
     assert loaded.data.license == "openrail++"
@@ -336,6 +337,7 @@ def test_a_card_edited_by_hand_is_published_as_it_is(hub: Hub, run: Path) -> Non
     assert b"load_lora_weights('ada/aligned')" in hub.files[CARD]
 
 
+@pytest.mark.slow
 def test_refusals_send_nothing(hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("aligned", "a/b/c", "ada/no spaces"):
         with pytest.raises(PublishingError, match="cannot be the name of a repository"):

@@ -34,6 +34,8 @@ from diffalign.rollouts import (
 from diffalign.schedules import DiscreteSchedule, FlowSchedule
 from diffalign.trainers.d3po import D3PO
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("one circle", "two squares", "three stars")
 STEPS = 4
 
@@ -80,7 +82,6 @@ def test_grids_are_the_schedulers_own() -> None:
         sampling_grid(chain, 1000)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_with_hardly_any_noise_it_is_the_pipeline(
     kind: str, tiny_pipeline: Path, request: pytest.FixtureRequest
@@ -91,7 +92,6 @@ def test_with_hardly_any_noise_it_is_the_pipeline(
     _is_the_pipeline(policy, eta=0.0)
 
 
-@pytest.mark.slow
 def test_with_hardly_any_noise_it_is_the_flow_pipeline(tmp_path: Path) -> None:
     """The same for Stable Diffusion 3, whose pipeline takes Euler steps."""
     from tests.backbones.families.sd3 import save_tiny
@@ -149,7 +149,6 @@ def test_densities_can_be_recomputed(policy: Any) -> None:
         assert float((without - again).abs().min()) > 5e-4
 
 
-@pytest.mark.slow
 def test_numbers_belong_to_the_prompt_and_the_place(policy: Any) -> None:
     """Another batch size, order or neighbourhood changes rounding at most; the noise of every step is its key's."""
     sampler = StochasticSampler(policy, num_inference_steps=STEPS)
@@ -391,7 +390,6 @@ def _logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_own_accelerator")
 def test_fit_trains_on_rounds_and_resumes_between_them(tiny_pipeline: Path, tmp_path: Path) -> None:
     """Two rounds of two steps; resumed at the end of the first, the second is the same to the bit."""
@@ -410,7 +408,6 @@ def test_fit_trains_on_rounds_and_resumes_between_them(tiny_pipeline: Path, tmp_
     assert [[row[n] for n in numbers] for row in after] == [[row[n] for n in numbers] for row in whole[2:]]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_own_accelerator")
 def test_a_loss_that_is_no_number_names_the_images(tiny_pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match=r"the loss of step 2 is not finite for pair\(s\) prompt-0000\d/0-1;"):

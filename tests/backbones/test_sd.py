@@ -97,6 +97,7 @@ def test_everything_is_in_eval_mode_and_nothing_trains_unasked(base: Any) -> Non
     assert base.trainable_parameters() == []
 
 
+@pytest.mark.slow
 def test_only_what_was_asked_for_is_trained(tiny_pipeline: Path) -> None:
     lora: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=3, target_modules=("to_q",)), train=True)
     names = [name for name, parameter in lora.denoiser.named_parameters() if parameter.requires_grad]
@@ -146,6 +147,7 @@ def test_a_rank_below_one_is_refused() -> None:
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_and_prompt_only(base: Any) -> None:
     whole = sample(base)
     torch.rand(3)
@@ -304,6 +306,7 @@ def test_encoding_and_decoding_agree_on_the_scaling(base: Any) -> None:
     torch.testing.assert_close(base.decode(moments.mean), (raw / 2 + 0.5).clamp(0, 1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shift_in_the_autoencoder_is_respected(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_pipeline, tmp_path / "shifted")
     path = folder / "vae" / "config.json"

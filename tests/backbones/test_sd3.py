@@ -45,6 +45,7 @@ def test_the_schedule_is_the_samplers(base: Any) -> None:
     assert float(base.schedule.timestep_of_index(torch.tensor([500]))) == pytest.approx(750.0)
 
 
+@pytest.mark.slow
 def test_without_t5_its_tokens_are_zeros(base: Any) -> None:
     hidden = base.encode_prompts(PROMPTS).tensors["hidden"]
     assert hidden.shape[:2] == (len(PROMPTS), 77 + 256) or hidden.shape[1] == base.max_tokens + 256

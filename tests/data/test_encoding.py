@@ -190,6 +190,7 @@ def write_stream(helpers: Any, folder: Path, count: int, bad: set[int]) -> DataC
     return CONFIG.model_copy(update={"dataset_name": str(folder), "streaming": True})
 
 
+@pytest.mark.slow
 def test_a_stream_is_judged_at_its_end(helpers: Any, encoder: Any, tmp_path: Path) -> None:
     config = write_stream(helpers, tmp_path / "data", 12, bad={0})
     with pytest.raises(ValueError, match="1 of 8 pairs"):
@@ -206,6 +207,7 @@ def test_a_long_stream_is_stopped_early(
         encode_pairs(load_pairs(config), encoder, config, tmp_path / "cache", shard_size=2)
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_cache_of_the_whole_data_set(helpers: Any, encoder: Any, tmp_path: Path) -> None:
     config = write_stream(helpers, tmp_path / "data", 12, bad={3}).model_copy(update={"max_corrupt_fraction": 0.5})
     whole = config.model_copy(update={"streaming": False})

@@ -254,6 +254,7 @@ def test_a_pool_counts_what_its_runs_miss():
     assert (pooled.n_expected, pooled.n_missing) == (85, 8)
 
 
+@pytest.mark.slow
 def test_pools_refuse_what_cannot_share_a_column():
     with pytest.raises(ValueError, match=r"guidance_scale: 5\.0 for a, 9\.0 for b"):
         pool({"a": a_run(0), "b": a_run(1, guidance_scale=9.0)})

@@ -87,6 +87,7 @@ def test_aggregation_needs_nothing_but_the_rows_in_any_order(benchmark_and_rows,
     assert bench.aggregate(read_rows(tmp_path / "rows.jsonl")) == bench.aggregate(rows)
 
 
+@pytest.mark.slow
 def test_missing_pictures_are_counted(benchmark_and_rows):
     bench, rows, _ = benchmark_and_rows
     report = bench.aggregate([r for r in rows if r is not rows[0]])

@@ -75,6 +75,7 @@ def test_many_ties_give_a_warning():
     assert statistics.tie_warning(0, 0) is None
 
 
+@pytest.mark.slow
 def test_bootstrap_equals_scipy_and_the_normal_interval():
     values = np.random.default_rng(1).normal(0.3, 1.0, size=400)
     ours = statistics.bootstrap_mean(values)
@@ -97,6 +98,7 @@ def test_bootstrap_is_reproducible_and_seeded():
     assert statistics.bootstrap_mean(values) != statistics.bootstrap_mean(values, seed=1)
 
 
+@pytest.mark.slow
 def test_copies_of_a_prompts_picture_do_not_narrow_a_clustered_interval():
     values = np.random.default_rng(4).normal(size=60)
     copies, prompts = np.repeat(values, 5), [str(i) for i in range(60) for _ in range(5)]
@@ -131,6 +133,7 @@ def test_mean_of_tasks_weighs_tasks_not_pictures():
     assert statistics.mean_of_tasks([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]) == 0.5
 
 
+@pytest.mark.slow
 def test_stratified_bootstrap_has_the_variance_of_independent_tasks():
     generator = np.random.default_rng(6)
     values = np.concatenate([generator.normal(0, 1, 300), generator.normal(2, 3, 100)])

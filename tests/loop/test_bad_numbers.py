@@ -51,6 +51,7 @@ def test_a_loss_that_is_no_number_stops_names_the_pair_and_can_be_replayed(start
     assert same(state["weights"], {name: p.detach() for name, p in fresh.policy.named_trainable()})
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(start: Any) -> None:
     trainer, source, config = start(checkpointing_steps=1)
     parameter = trainer.policy.trainable_parameters()[5]

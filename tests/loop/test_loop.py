@@ -278,6 +278,7 @@ def test_warnings_go_into_the_metrics_and_their_counters_into_checkpoints(
     assert "saturated" in warning["message"]
 
 
+@pytest.mark.slow
 def test_a_policy_without_anything_to_train_is_refused(start: Any, tiny_pipeline: Path) -> None:
     _, source, config = start()
     with pytest.raises(ValueError, match=r"no trainable parameters; load it with lora=\.\.\. or train=True"):
@@ -287,6 +288,7 @@ def test_a_policy_without_anything_to_train_is_refused(start: Any, tiny_pipeline
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_validation_comes_before_the_first_step_then_regularly_and_at_the_end(start: Any) -> None:
     calls: list[int] = []
 

@@ -149,6 +149,7 @@ def test_long_prompts_are_cut_and_keep_their_end(clip_folder, reference, numpy_c
     assert PickScore(clip_folder, device="cpu")(photos[0], "a b c d " * 60).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tokenizer_may_lie_elsewhere(clip_folder, tmp_path, photos):
     (tmp_path / "weights").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -161,6 +162,7 @@ def test_tokenizer_may_lie_elsewhere(clip_folder, tmp_path, photos):
         CLIPScore(tmp_path / "weights", device="cpu")
 
 
+@pytest.mark.slow
 def test_incomplete_or_foreign_weights_are_refused(clip_folder, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(clip_folder, folder)

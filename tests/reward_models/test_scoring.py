@@ -92,6 +92,7 @@ def test_only_what_changed_is_scored_again(index, models, tmp_path, make_photo):
     assert (changed.computed, changed.reused) == (4, 18)
 
 
+@pytest.mark.slow
 def test_other_weights_under_the_same_name_are_not_mixed(index, models, tmp_path, make_clip):
     out = tmp_path / "out.jsonl"
     score_index(index, models[:1], out, progress=False)

@@ -228,6 +228,7 @@ def test_empty_and_random_pictures_show_nothing():
         assert not judge(image, prompt).correct
 
 
+@pytest.mark.slow
 def test_bytes_and_floats_are_read_alike():
     for prompt, scene, _ in drawn(12, seed=14):
         image = render(scene)

@@ -103,6 +103,7 @@ def test_the_committed_split_is_drawn_again_exactly():
     assert {task: len(names) for task, names in committed.items()} == HELD_OUT
 
 
+@pytest.mark.slow
 def test_no_training_prompt_shares_a_combination_with_a_held_out_one():
     for task in TASKS:
         if task != "single_object":

@@ -135,6 +135,7 @@ def test_2_levels_and_what_the_network_is_told() -> None:
         assert policy.told == [[t, t] for t in told]
 
 
+@pytest.mark.slow
 def test_2_noise_joins_latents_and_noisy_latents_where_the_networks_look(lora_policy: Any, batches: Batches) -> None:
     """Check 7.4.2: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps*, in both modes."""
     for inversion in ("exact", "release"):
@@ -207,6 +208,7 @@ class _ForwardNoised(InPO):
         return self.schedule.add_noise(latents, noise.to(latents), timesteps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["tiny_pipeline", "tiny_v_pipeline"])
 def test_3_with_forward_noise_it_is_diffusion_dpo(
     pipeline: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, batches: Batches, policies: Any
@@ -309,6 +311,7 @@ class _Fed(InPO):
         return self.states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["policy", "reference"])
 def test_6_no_gradient_flows_through_the_inversion(lora_policy: Any, batches: Batches, policies: Any, net: str) -> None:
     """Check 7.4.6: gradients are those at constant states, and reach every trained tensor."""
@@ -395,6 +398,7 @@ def test_6_who_must_call_together(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- 7, and whose network inverts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_7_halves_share_the_timestep_and_nothing_else(lora_policy: Any, batches: Batches) -> None:
     """Check 7.4.7; and another rejected image leaves the chosen one's states alone."""
     trainer, batch = InPO(lora_policy), batches(3)
@@ -418,6 +422,7 @@ def test_the_reference_inverts_as_the_untrained_policy_does(
     assert float((by["policy"].noisy_states(batch).noisy_latents - untrained).abs().max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_small_step_raises_the_margin(lora_policy: Any, batches: Batches, policies: Any) -> None:
     policies.move_away(lora_policy)
     trainer, batch = InPO(lora_policy, beta=100.0, inversion_net="reference"), batches(1)
