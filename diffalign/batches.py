@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -78,25 +78,25 @@ class PairBatch:
     def __len__(self) -> int:
         return self.chosen.shape[0]
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
-        return PairBatch(
-            self.conditioning.to(device, dtype),
-            self.chosen.to(device, dtype, non_blocking=self.chosen.is_pinned()),
-            self.rejected.to(device, dtype, non_blocking=self.rejected.is_pinned()),
-            self.weight.to(device, non_blocking=self.weight.is_pinned()),
-            self.draws,
+        return replace(
+            self,
+            conditioning=self.conditioning.to(device, dtype),
+            chosen=self.chosen.to(device, dtype, non_blocking=self.chosen.is_pinned()),
+            rejected=self.rejected.to(device, dtype, non_blocking=self.rejected.is_pinned()),
+            weight=self.weight.to(device, non_blocking=self.weight.is_pinned()),
         )
 
-    def pin_memory(self) -> PairBatch:
+    def pin_memory(self) -> Self:
         """The same batch in memory that a GPU copies from without waiting for the CPU; needs CUDA."""
         conditioning = Conditioning({n: t.pin_memory() for n, t in self.conditioning.tensors.items()})
-        return PairBatch(
-            conditioning,
-            self.chosen.pin_memory(),
-            self.rejected.pin_memory(),
-            self.weight.pin_memory(),
-            self.draws,
+        return replace(
+            self,
+            conditioning=conditioning,
+            chosen=self.chosen.pin_memory(),
+            rejected=self.rejected.pin_memory(),
+            weight=self.weight.pin_memory(),
         )
 
 

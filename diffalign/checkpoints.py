@@ -197,3 +197,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
             flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: value}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as trackers want them: one level, plain values."""
+    flat = flatten(dict(settings))
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}

@@ -19,6 +19,7 @@ import torch
 from diffalign import checkpoints, plugins
 from diffalign.backbones import LoRA, ModelSource, inspect_model, load_policy
 from diffalign.backbones.loading import LORA_FILE, check_gradient_checkpointing, check_options, policy_class
+from diffalign.backbones.precision import DTYPES
 from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder, write_text
 from diffalign.config import ConfigError, ModelConfig, RunConfig, dump_config, load_config, trainer_settings
@@ -37,7 +38,6 @@ logger = logging.getLogger("diffalign")
 
 EVALUATION_SEED = 10_000
 """Added to the run's seed for evaluation pictures, so that none starts from the noise of a training picture."""
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device() -> str:
@@ -291,7 +291,7 @@ def _checked(config: RunConfig) -> ModelSource:
     if getattr(trainer_class, "needs_rollouts", False):
         raise ConfigError(
             f"trainer {config.trainer['name']!r} learns from rollouts, which `diffalign train` does not make yet; call "
-            "diffalign.fit with a diffalign.rollouts.RolloutSource from Python"
+            "diffalign.fit with a diffalign.rollout_source.RolloutSource from Python"
         )
     model = config.model
     source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
@@ -329,7 +329,7 @@ def _training_policy(config: RunConfig, source: ModelSource, device: torch.devic
         train=True,
         start=model.adapter,
         size=picture_size(config),
-        dtype=WEIGHT_DTYPES[config.training.mixed_precision],
+        dtype=DTYPES[config.training.mixed_precision],
         device=device,
     )
     if model.gradient_checkpointing:

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from diffalign.backbones import LoRA, ModelSource
 from diffalign.backbones.loading import policy_class, read_part
-from diffalign.backbones.precision import halve
+from diffalign.backbones.precision import DTYPES, halve
 from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import ConfigError, RunConfig, TrainingConfig
 from diffalign.data import load_pairs
 from diffalign.quantization import BYTES_PER_WEIGHT
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORWARDS = {"policy": 2, "reference": 2}
 """Forward passes per pair: both halves through the policy, and both through the reference."""
 SMALLEST_8BIT = 4096

@@ -255,7 +255,7 @@ def _everything(
         **settings,
     }
     if policy.is_video:
-        everything |= {"fps": sampling.fps, **policy.sampling_settings(cast(float, sampling.guidance_scale))}
+        everything["fps"] = sampling.fps
     if "weights" not in everything:
         everything["weights"] = weights_fingerprint(policy, reference=reference)
     return everything

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import checkpoints, sharding
-from diffalign.backbones.precision import under_autocast
+from diffalign.backbones.precision import DTYPES, under_autocast
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
@@ -38,7 +38,6 @@ Validate = Callable[[int], Mapping[str, float]]
 
 MAX_SKIPPED_STEPS = 30
 """A gradient scaler halves its scale at every skipped step; after so many the scale is not to blame."""
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class BatchSource(Protocol):
@@ -151,7 +150,7 @@ class _Run:
                 plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or sharding.blocks(denoiser)
             wrapped, prepared = accelerator.prepare(denoiser, optimizer)
             if sharding.is_sharded(denoiser) and self.config.mixed_precision != "no":
-                under_autocast(denoiser, AUTOCAST[self.config.mixed_precision])
+                under_autocast(denoiser, DTYPES[self.config.mixed_precision])
         self.policy.shard_reference()
         check_wrapped(wrapped, accelerator.num_processes)
         return wrapped, prepared
@@ -163,7 +162,7 @@ class _Run:
         self._resume()
         accelerator.step = 0  # counts micro steps; a run that failed in the middle of one may have left it anywhere
         if accelerator.log_with:
-            accelerator.init_trackers("diffalign", config=_flat(self.settings))
+            accelerator.init_trackers("diffalign", config=checkpoints.plain(self.settings))
         bar = tqdm(
             total=config.max_train_steps,
             initial=self.step,
@@ -445,9 +444,3 @@ def replay(path: Path, trainer: Any) -> Any:
     draws = tuple(Draw(*draw) for draw in state["draws"])
     batch = PairBatch(Conditioning(state["conditioning"]), state["chosen"], state["rejected"], state["weight"], draws)
     return trainer.loss(batch)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as trackers want them: one level, plain values."""
-    flat = checkpoints.flatten(dict(settings))
-    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}

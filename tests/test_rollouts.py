@@ -22,15 +22,8 @@ from diffalign.config import TrainingConfig
 from diffalign.loop import NonFiniteLossError, fit
 from diffalign.randomness import Draw
 from diffalign.reward_models.base import RewardOutput
-from diffalign.rollouts import (
-    RolloutConfig,
-    Rollouts,
-    RolloutSource,
-    StochasticSampler,
-    TransitionPairs,
-    preference,
-    sampling_grid,
-)
+from diffalign.rollout_source import RolloutConfig, RolloutSource, preference
+from diffalign.rollouts import Rollouts, StochasticSampler, TransitionPairs, sampling_grid
 from diffalign.schedules import DiscreteSchedule, FlowSchedule
 from diffalign.trainers.d3po import D3PO
 

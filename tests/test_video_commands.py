@@ -141,7 +141,8 @@ def test_sample_writes_videos_and_goes_on(model: Path, tmp_path: Path) -> None:
     with (out / rows[0]["video"]).open("rb") as file:
         assert len(list(read_frames(file, FRAMES, 8))) == FRAMES  # AnimateDiff's own rate
     settings = json.loads((out / "settings.json").read_text())
-    assert (settings["fps"], settings["num_frames"], settings["height"], settings["batch_size"]) == (8.0, FRAMES, 8, 1)
+    drawn = settings["pipeline"]
+    assert (settings["fps"], drawn["num_frames"], drawn["height"], settings["batch_size"]) == (8.0, FRAMES, 8, 1)
 
     whole = contents(out)
     assert len(whole) == 4

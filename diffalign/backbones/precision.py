@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What accelerate's `mixed_precision` names."""
 EXACT_INPUTS = ("time_ids", "image_rotary_emb", "img_ids", "txt_ids")
 """Inputs that networks turn into sines and cosines.
 
