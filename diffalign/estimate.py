@@ -202,7 +202,7 @@ def _steps_done(config: RunConfig) -> int:
 
 def _pairs(config: RunConfig) -> int | None:
     """Pairs to train on where a file on this disk says so; nothing is fetched to find out."""
-    from diffalign.commands import data_config
+    from diffalign.configured import data_config
 
     try:
         data = data_config(config)

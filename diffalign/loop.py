@@ -68,7 +68,7 @@ def fit(
     """Trains the trainer's policy to `config.max_train_steps` and saves it.
 
     Args:
-        trainer: `loss(batch) -> LossOutput`, `update(step)`, `policy`; for example `trainers.DiffusionDPO`.
+        trainer: A `trainers.Trainer`, for example `trainers.DiffusionDPO`.
         source: Where batches come from.
         config: The loop's settings.
         settings: The whole run's configuration, to be compared when a checkpoint is resumed; `config` if None.
@@ -160,6 +160,7 @@ class _Run:
     def go(self, validate: Validate | None) -> Path:
         config, accelerator = self.config, self.accelerator
         self._resume()
+        self.trainer.begin(self.step, self.output_dir)
         accelerator.step = 0  # counts micro steps; a run that failed in the middle of one may have left it anywhere
         if accelerator.log_with:
             accelerator.init_trackers("diffalign", config=checkpoints.plain(self.settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffalign.batches import Conditioning, Moments
 from diffalign.predictions import Prediction
 from diffalign.schedules import Schedule
+from diffalign.sharding import whole
 
 
 class Predictor(Protocol):
@@ -119,6 +120,22 @@ class Policy(ABC):
     @abstractmethod
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters an optimizer may change, float32."""
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Copies of the trained parameters by name, on the CPU, float32; see `put_reference`."""
+        return {name: whole(parameter).to("cpu", copy=True) for name, parameter in self.named_trainable()}
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """`trainable_parameters` with their names, in a fixed order."""
+        return [(str(number), parameter) for number, parameter in enumerate(self.trainable_parameters())]
+
+    def put_reference(self, state: Mapping[str, Tensor] | None) -> None:
+        """Makes the reference what `trained_state` returned, for `frozen()`'s predictors and for `sample`.
+
+        Args:
+            state: The trained parameters of the reference; None takes what training started from.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one reference only")
 
     @abstractmethod
     def save_trained(self, folder: Path) -> None:

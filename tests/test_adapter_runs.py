@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign import commands
+from diffalign import commands, configured, training
 from diffalign.backbones import LoRA, inspect_model, load_policy
 from diffalign.backbones.base import LORA_FILE
 from diffalign.backbones.starting import check_start, read_lora
@@ -42,7 +42,7 @@ def config(tiny_pipeline: Path, tmp_path: Path) -> Any:
 
 def test_the_policy_of_a_run_starts_as_the_earlier_one(config: Any, earlier: dict[str, Path], batches: Any) -> None:
     run = config(adapter=str(earlier["lora"]))
-    policy: Any = commands._training_policy(run, commands._checked(run), torch.device("cpu"))
+    policy: Any = training.training_policy(run, training.checked(run), torch.device("cpu"))
     assert (policy.lora.rank, policy.lora.alpha) == (3, 6.0)
     batch = batches(2)
     arguments = (batch.chosen, torch.tensor([10, 700]), batch.conditioning)
@@ -69,8 +69,8 @@ def test_what_cannot_be_gone_on_from_is_refused_before_weights_load(
         ({"options": {"embedded_guidance": 1.0}}, r"unknown config key 'model.options.embedded_guidance'"),
     ):
         with pytest.raises(ValueError, match=message):
-            commands._checked(config(**model))
-    same = commands._checked(config(adapter=str(earlier["lora"]), lora={"rank": 3, "alpha": 6}))
+            training.checked(config(**model))
+    same = training.checked(config(adapter=str(earlier["lora"]), lora={"rank": 3, "alpha": 6}))
     found = check_start(same, earlier["lora"], None)
     assert found == read_lora(earlier["lora"] / LORA_FILE)
     assert check_start(same, earlier["full"], None) is None
@@ -89,17 +89,17 @@ def test_evaluation_compares_a_run_with_what_it_started_from(
     config: Any, earlier: dict[str, Path], tmp_path: Path, policies: Any
 ) -> None:
     start = str(earlier["lora"])
-    source = commands._checked(config(adapter=start))
+    source = training.checked(config(adapter=start))
     assert commands.trained_weights(config(adapter=start), source) == {"adapter": start}  # nothing was trained yet
     assert commands.trained_weights(config(), source) == {"adapter": str(tmp_path / "run")}
     run = config(adapter=start)
-    policy: Any = commands._training_policy(run, source, torch.device("cpu"))
+    policy: Any = training.training_policy(run, source, torch.device("cpu"))
     policies.move_away(policy, 0.1)
     policy.save_trained(tmp_path / "run")
     compared = commands.trained_weights(run, source)
     assert compared == {"start": start, "adapter": str(tmp_path / "run")}
-    both: Any = commands.load_model(run.model, source, **compared)
-    only: Any = commands.load_model(run.model, source, adapter=start)
+    both: Any = configured.load_model(run.model, source, **compared)
+    only: Any = configured.load_model(run.model, source, adapter=start)
     base = weights_fingerprint(load_policy(source), reference=True)
     assert weights_fingerprint(only, reference=True) == base
     assert weights_fingerprint(both, reference=True) != base

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from diffalign import commands
+from diffalign import configured, training
 from diffalign.backbones import inspect_model
 from diffalign.cli import cli
 from diffalign.config import ConfigError, RunConfig
@@ -47,7 +47,7 @@ def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any
     config = run_config({"lora": lora}, mixed_precision=precision, use_ema=True)
     found = estimate(config)
     source = inspect_model(config.model.pretrained_model_name_or_path)
-    policy: Any = commands._training_policy(config, source, torch.device("cpu"))
+    policy: Any = training.training_policy(config, source, torch.device("cpu"))
     trained = policy.trainable_parameters()
     assert found.trainable == sum(p.numel() for p in trained)
     own = {id(p) for p in trained}
@@ -75,7 +75,7 @@ def test_the_estimate_is_what_the_loaded_policy_holds(run_config: Any, lora: Any
 def test_adafactor_keeps_rows_and_columns(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 2}}, optimizer="adafactor")
     source = inspect_model(config.model.pretrained_model_name_or_path)
-    policy: Any = commands._training_policy(config, source, torch.device("cpu"))
+    policy: Any = training.training_policy(config, source, torch.device("cpu"))
     trained = policy.trainable_parameters()
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
@@ -138,7 +138,7 @@ def test_two_experts_are_both_counted(run_config: Any, tmp_path: Path, lora: Any
     model = {"pretrained_model_name_or_path": str(folder), "lora": lora, "resolution": [32, 48], "num_frames": 5}
     config = run_config(model)
     found = estimate(config)
-    policy: Any = commands._training_policy(config, inspect_model(str(folder)), torch.device("cpu"))
+    policy: Any = training.training_policy(config, inspect_model(str(folder)), torch.device("cpu"))
     trained = policy.trainable_parameters()
     assert found.trainable == sum(p.numel() for p in trained)
     own = {id(p) for p in trained}
@@ -202,7 +202,7 @@ def test_epochs_where_the_pairs_are_known(run_config: Any, tmp_path: Path) -> No
 def test_lora_settings_reach_peft(run_config: Any) -> None:
     config = run_config({"lora": {"rank": 3, "alpha": 6, "use_dora": True, "use_rslora": True}})
     source = inspect_model(config.model.pretrained_model_name_or_path)
-    policy: Any = commands._training_policy(config, source, torch.device("cpu"))
+    policy: Any = training.training_policy(config, source, torch.device("cpu"))
     settings = policy.denoiser.peft_config["default"]
     assert (settings.r, settings.lora_alpha, settings.use_dora, settings.use_rslora) == (3, 6, True, True)
     assert set(settings.target_modules) == set(policy.lora_targets)
@@ -213,20 +213,20 @@ def test_size_and_frames_reach_the_policy(run_config: Any) -> None:
     def policy(model: dict[str, Any], data: dict[str, Any] | None = None) -> Any:
         config = run_config(model, data)
         source = inspect_model(config.model.pretrained_model_name_or_path)
-        return commands.load_model(config.model, source, size=commands.picture_size(config), device="cpu")
+        return configured.load_model(config.model, source, size=configured.picture_size(config), device="cpu")
 
     assert policy({}).size == (8, 8)
     assert policy({"resolution": 16}).latent_shape == (4, 8, 8)
     assert policy({"resolution": [16, 32]}).latent_shape == (4, 8, 16)
     assert policy({}, {"train_data_dir": "x", "resolution": 32}).size == (32, 32)
     with pytest.raises(ConfigError, match=r"model.resolution is 16 and data.resolution is 32; leave out"):
-        commands.picture_size(run_config({"resolution": 16}, {"train_data_dir": "x", "resolution": 32}))
+        configured.picture_size(run_config({"resolution": 16}, {"train_data_dir": "x", "resolution": 32}))
 
 
 def test_vae_switches_survive_a_reload_and_change_no_or_another_cache(run_config: Any) -> None:
     def policy(**model: Any) -> Any:
         config = run_config(model)
-        return commands.load_model(config.model, inspect_model(str(config.model.pretrained_model_name_or_path)))
+        return configured.load_model(config.model, inspect_model(str(config.model.pretrained_model_name_or_path)))
 
     plain, sliced, tiled = policy(), policy(vae_slicing=True), policy(vae_slicing=True, vae_tiling=True)
     assert (plain.pipeline.vae.use_slicing, sliced.pipeline.vae.use_slicing) == (False, True)
@@ -250,7 +250,7 @@ def test_channels_last_and_compiling_change_no_numbers(run_config: Any, batches:
         for switches in ({}, model):
             config = run_config({**switches, "lora": lora})
             source = inspect_model(config.model.pretrained_model_name_or_path)
-            policy: Any = commands._training_policy(config, source, torch.device("cpu"))
+            policy: Any = training.training_policy(config, source, torch.device("cpu"))
             with torch.no_grad():
                 for parameter in policy.trainable_parameters():
                     parameter.add_(0.01)
@@ -280,6 +280,6 @@ def test_the_fused_optimizer_takes_the_same_steps(run_config: Any) -> None:
 def test_an_adapter_that_is_not_there_is_refused_before_anything_is_loaded(
     run_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_policy", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(configured, "load_policy", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"model\.adapter: somewhere holds neither .*; give the output folder of a"):
-        commands.train_config(run_config({"adapter": "somewhere"}))
+        training.train_config(run_config({"adapter": "somewhere"}))

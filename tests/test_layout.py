@@ -29,6 +29,7 @@ CORE_REACHES = {
     "diffalign/__init__.py": {"trainers", "reward_models", "eval"},  # types only: the names are loaded when used
     "diffalign/commands.py": {"reward_models", "eval"},  # the commands' bodies put the parts together
     "diffalign/demo.py": {"eval"},
+    "diffalign/training.py": {"reward_models"},  # scorers of the validation pictures
     "diffalign/shapes/build.py": {"reward_models", "eval"},  # which appraises what it has built
     "diffalign/validating.py": {"reward_models", "eval"},
 }

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign import commands
+from diffalign import commands, configured
 from diffalign.backbones import ModelSource
 from diffalign.config import ConfigError, load_config
 from diffalign.data import DataConfig, EncodedPairs
@@ -265,10 +265,10 @@ def test_height_and_width_of_both_sections(model: str | None, data: str | None, 
     overrides = [f"model.resolution={model}"] * (model is not None) + [f"data.resolution={data}"] * (data is not None)
     config = load_config(path, overrides)
     if not isinstance(expected, str):
-        assert commands.picture_size(config) == expected
+        assert configured.picture_size(config) == expected
         return
     with pytest.raises(ConfigError) as error:
-        commands.picture_size(config)
+        configured.picture_size(config)
     assert expected in str(error.value)
 
 
@@ -277,6 +277,6 @@ def test_the_packaged_recipe_fits_its_family() -> None:
     assert config.model.num_frames is not None
     check_media_settings(WAN, num_frames=config.model.num_frames, data=config.data, sampling=config.sampling)
     assert (config.model.num_frames - 1) % 4 == 0
-    size = commands.picture_size(config)
+    size = configured.picture_size(config)
     assert size is not None
     assert [side % 16 for side in size] == [0, 0]

@@ -15,7 +15,8 @@ released models came from the form above.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,7 +26,15 @@ from diffalign.batches import NoisyStates, PairBatch
 from diffalign.losses import BetaConvention, LossType, convert_beta, ipo_raw_loss, margin_loss, per_sample_error
 from diffalign.policy import Policy
 from diffalign.predictions import Prediction
+from diffalign.references import References
 from diffalign.timesteps import TimestepLaw, draw_timesteps, effective_schedule
+
+if TYPE_CHECKING:
+    from diffalign.data import PairSource
+    from diffalign.loop import BatchSource
+
+Data = Literal["pairs", "winners", "scored", "rollouts"]
+"""Pairs; their chosen images alone; images with a number; what the policy itself draws."""
 
 
 class LossOutput:
@@ -41,7 +50,22 @@ class LossOutput:
         self.loss, self.losses, self.metrics = loss, losses.detach(), metrics
 
 
-class PairTrainerConfig(BaseModel):
+class TrainerConfig(BaseModel):
+    """What every trainer can be told.
+
+    Attributes:
+        caption_dropout: Share of visits at which a caption is replaced by the empty one, for all that the visit
+            compares. 0.2 for models that are sampled with guidance, 0 for distilled ones.
+        timestep_sampling: Law of the timesteps; see `diffalign.timesteps`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    caption_dropout: float = Field(default=0.2, ge=0, le=1)
+    timestep_sampling: TimestepLaw = "uniform"
+
+
+class PairTrainerConfig(TrainerConfig):
     """What every pair trainer can be told. Defaults are Diffusion-DPO's.
 
     Attributes:
@@ -50,19 +74,12 @@ class PairTrainerConfig(BaseModel):
         beta_convention: How `beta` is meant; see `diffalign.losses.convert_beta`.
         loss_type: Loss of the margin, under TRL's names.
         label_smoothing: Assumed share of wrong labels ("sigmoid") or known flip rate ("robust").
-        caption_dropout: Share of visits at which a pair's caption is replaced by the empty one, for both halves,
-            policy and reference. 0.2 for models that are sampled with guidance, 0 for distilled ones.
-        timestep_sampling: Law of the timesteps; see `diffalign.timesteps`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta: float = 2000.0
     beta_convention: BetaConvention = "mean_half"
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
-    caption_dropout: float = Field(default=0.2, ge=0, le=1)
-    timestep_sampling: TimestepLaw = "uniform"
 
     @model_validator(mode="after")
     def _check(self) -> PairTrainerConfig:
@@ -70,29 +87,33 @@ class PairTrainerConfig(BaseModel):
         return self
 
 
-class PairTrainer:
-    """Turns batches of pairs into losses; see the module's description.
+class Trainer:
+    """Turns batches into losses: what `fit` knows of a method.
 
     Args:
         policy: The model, with its frozen reference.
         config: Settings, or None to build them from `options`.
         options: Fields of `Config`.
+
+    Attributes:
+        policy: The model.
+        reference: Predicts with the policy's reference; which weights that is, the policy's `put_reference` says.
+        references: Earlier states of the trained weights, by name, for methods whose reference moves.
+        schedule: What a timestep means in training.
     """
 
-    Config: ClassVar[type[PairTrainerConfig]] = PairTrainerConfig
+    Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V, Prediction.VELOCITY})
-    needs_rollouts: ClassVar[bool] = False
-    """Whether it learns from the policy's own sampling steps; `diffalign train` has encoded pairs only."""
+    learns_from: ClassVar[Data] = "pairs"
+    """What `diffalign train` feeds it."""
 
-    def __init__(self, policy: Policy, config: PairTrainerConfig | None = None, **options: Any) -> None:
-        self.config = config if config is not None else self.Config(**options)
+    def __init__(self, policy: Policy, config: TrainerConfig | None = None, **options: Any) -> None:
+        self.config: Any = config if config is not None else self.Config(**options)
         self.check_prediction(policy.prediction)
         self.policy = policy
         self.reference = policy.frozen()
+        self.references = References(policy)
         self.schedule = effective_schedule(policy.schedule, self.config.timestep_sampling)
-        self.latent_numel = int(torch.tensor(policy.latent_shape).prod())
-        self.beta = convert_beta(self.config.beta, self.config.beta_convention, self.latent_numel)
-        self._loss_of = margin_loss(self.config.loss_type, self.beta, self.config.label_smoothing)
 
     @classmethod
     def check_prediction(cls, prediction: Prediction) -> None:
@@ -107,6 +128,51 @@ class PairTrainer:
                 f"{cls.__name__} cannot train a model that predicts {prediction.value!r}; it knows {known}"
             )
 
+    def describe(self) -> str:
+        """One line for the start of a run: the method and what its settings amount to."""
+        return f"{type(self).__name__}: {self.config}"
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says of the method beside that line, JSON values."""
+        return {}
+
+    def source(self, source: PairSource, seed: int) -> BatchSource:
+        """Where batches come from: the data's own, unless the method draws something itself.
+
+        Args:
+            source: Of the encoded data; of the chosen images alone, twice, where the method learns from winners.
+            seed: Of the run.
+        """
+        return source
+
+    def begin(self, step: int, folder: Path) -> None:
+        """Called once before the first batch of a run or of its continuation.
+
+        Args:
+            step: Optimizer steps done; not 0 after a resume.
+            folder: Where the run writes.
+        """
+        self.references.begin(folder)
+
+    def loss(self, batch: PairBatch) -> LossOutput:
+        """The batch's loss, with metrics."""
+        raise NotImplementedError
+
+    def update(self, step: int) -> None:
+        """Called after every optimizer step, for methods whose reference moves; the source is updated after it."""
+
+
+class PairTrainer(Trainer):
+    """Diffusion-DPO, and what the other pair methods change of it; see the module's description."""
+
+    Config: ClassVar[type[TrainerConfig]] = PairTrainerConfig
+
+    def __init__(self, policy: Policy, config: TrainerConfig | None = None, **options: Any) -> None:
+        super().__init__(policy, config, **options)
+        self.latent_numel = int(torch.tensor(policy.latent_shape).prod())
+        self.beta = convert_beta(self.config.beta, self.config.beta_convention, self.latent_numel)
+        self._loss_of = margin_loss(self.config.loss_type, self.beta, self.config.label_smoothing)
+
     @property
     def kappa(self) -> float:
         """Half of beta: the factor of the error difference inside the sigmoid, the only number that matters."""
@@ -120,6 +186,10 @@ class PairTrainer:
             f"-> kappa {self.kappa:g} on mean errors, {self.kappa / self.latent_numel:.4g} per summed element "
             f"({self.latent_numel} elements a latent)"
         )
+
+    def facts(self) -> dict[str, Any]:
+        """Kappa."""
+        return {"kappa": self.kappa}
 
     # --- the five steps --------------------------------------------------------------------------------------------
 
@@ -177,9 +247,6 @@ class PairTrainer:
     def objective(self, margin: Tensor, states: NoisyStates) -> Tensor:
         """Loss per pair, [B]; beta enters here and only here."""
         return self._loss_of(margin)
-
-    def update(self, step: int) -> None:
-        """Called after every optimizer step, for methods whose reference moves."""
 
     # --- logs --------------------------------------------------------------------------------------------------------
 

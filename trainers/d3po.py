@@ -30,7 +30,7 @@ from diffalign.batches import PairBatch
 from diffalign.policy import Policy
 from diffalign.rollouts import StochasticSampler, TransitionPairs
 from diffalign.schedules import expand
-from diffalign.trainers.base import LossOutput, PairTrainer, PairTrainerConfig
+from diffalign.trainers.base import Data, LossOutput, PairTrainer, PairTrainerConfig
 from diffalign.transitions import Transition
 
 __all__ = ["D3PO", "D3POConfig"]
@@ -79,7 +79,7 @@ class D3PO(PairTrainer):
     """
 
     Config: ClassVar[type[PairTrainerConfig]] = D3POConfig
-    needs_rollouts: ClassVar[bool] = True
+    learns_from: ClassVar[Data] = "rollouts"
     config: D3POConfig
 
     def __init__(self, policy: Policy, config: D3POConfig | None = None, **options: Any) -> None:

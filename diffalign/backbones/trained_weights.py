@@ -20,6 +20,7 @@ from diffalign.backbones.loading import LORA_FILE, LoRA
 from diffalign.backbones.precision import halve
 from diffalign.policy import Policy
 from diffalign.randomness import generator
+from diffalign.sharding import cut_like, whole
 
 ADAPTER = "default"
 """Name of the trained adapter inside peft."""
@@ -31,7 +32,8 @@ class TrainedWeights(Policy):
     """Adapters, the switch between policy and reference, saving and loading; see `PipelinePolicy`.
 
     The reference is one of three, and trainers cannot tell which: the denoiser with its adapter switched off; with a
-    second, frozen adapter, where training started from one; or a frozen copy, where all weights are trained.
+    second, frozen adapter, where training started from one or `put_reference` gave it other weights; or a frozen copy,
+    where all weights are trained.
     """
 
     part: ClassVar[str] = "transformer"
@@ -44,6 +46,9 @@ class TrainedWeights(Policy):
     lora: LoRA | None
     _frozen: Any
     _has_reference_adapter = False
+    _started_from_adapter = False
+    _initial: dict[str, Tensor] | None = None
+    """The reference's first weights, by the trained parameters' names, once others were put in their place."""
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +135,47 @@ class TrainedWeights(Policy):
         """Rounds the frozen copy; see `halve`."""
         halve(module, dtype)
 
+    # --- the reference's weights -------------------------------------------------------------------------------------
+
+    def put_reference(self, state: Mapping[str, Tensor] | None) -> None:
+        """See `Policy.put_reference`; with adapters, the reference is a second one on the same base, or none."""
+        if self.lora is not None:
+            if state is None and not self._started_from_adapter:
+                self._switch_adapter(True)
+                self._has_reference_adapter = False
+                return
+            if not self._reference_adapter():
+                self._add_reference_adapter()
+            self._has_reference_adapter = True
+        targets = self._reference_adapter() if self.lora is not None else dict(self._frozen.named_parameters())
+        names = [name for name, _ in self.named_trainable()]
+        if self._initial is None:
+            self._initial = {name: whole(targets[name]).to("cpu", copy=True) for name in names}
+        wanted = self._initial if state is None else state
+        if wanted.keys() != set(names):
+            raise ValueError("expected the parameters that are trained, as trained_state() names them")
+        with torch.no_grad():
+            for name in names:
+                targets[name].copy_(cut_like(wanted[name], targets[name]))
+
+    def _reference_adapter(self) -> dict[str, nn.Parameter]:
+        """The second adapter's parameters under the names of the first's."""
+        named = self.denoiser.named_parameters()
+        return {n.replace(f".{REFERENCE}", f".{ADAPTER}"): p for n, p in named if f".{REFERENCE}" in n}
+
+    def _add_reference_adapter(self) -> None:
+        """Adds the frozen second adapter, with the weights of the first."""
+        settings: LoraConfig = copy.deepcopy(next(iter(self._modules().values())).peft_config[ADAPTER])
+        with _two_adapters():
+            self._inject(settings, REFERENCE)
+        named = dict(self.denoiser.named_parameters())
+        for name, parameter in named.items():
+            if f".{REFERENCE}" in name:
+                parameter.data = named[name.replace(f".{REFERENCE}", f".{ADAPTER}")].data.clone()
+        self._has_reference_adapter = True
+        self._switch_adapter(True)
+        self.denoiser.eval()
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_trained(self, folder: Path) -> None:
@@ -186,16 +232,8 @@ class TrainedWeights(Policy):
                     self._put(states, module)
             return
         self._load_adapter(folder)
-        settings: LoraConfig = copy.deepcopy(next(iter(self._modules().values())).peft_config[ADAPTER])
-        with _two_adapters():
-            self._inject(settings, REFERENCE)
-        named = dict(self.denoiser.named_parameters())
-        for name, parameter in named.items():
-            if f".{REFERENCE}" in name:
-                parameter.data = named[name.replace(f".{REFERENCE}", f".{ADAPTER}")].data.clone()
-        self._has_reference_adapter = True
-        self._switch_adapter(True)
-        self.denoiser.eval()
+        self._add_reference_adapter()
+        self._started_from_adapter = True
 
     def _modules(self) -> Mapping[str, Any]:
         """Parts of the pipeline that are trained, by their names."""

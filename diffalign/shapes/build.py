@@ -12,134 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel
 
 from diffalign.backbones.sd import schedule_from_config
 from diffalign.shapes import networks
-from diffalign.shapes.scenes import Prompt, degrade, draw_scene, parse_prompt, prompts, render, spoil_scene
+from diffalign.shapes.scene_batches import SceneBatches, encode_scenes
+from diffalign.shapes.scenes import degrade, draw_scene, parse_prompt, render, spoil_scene
+from diffalign.shapes.stages import TASK_WEIGHTS, PromptSampler, Stage, generators, to_pixels
 
-TASK_WEIGHTS = {
-    "single_object": 0.08,
-    "two_object": 0.17,
-    "counting": 0.18,
-    "colors": 0.10,
-    "position": 0.23,
-    "color_attr": 0.24,
-}
-"""How often each task is drawn in all three trainings."""
 POOR_SHARE = 0.6
 """How many of the base model's later training pictures are badly drawn."""
-
-
-class PromptSampler:
-    """Draws training prompts: first a task by `TASK_WEIGHTS`, then one of its prompts uniformly."""
-
-    def __init__(self) -> None:
-        self.tasks = list(TASK_WEIGHTS)
-        self.weights = np.array([TASK_WEIGHTS[t] for t in self.tasks])
-        self.prompts = {t: prompts("train", t) for t in self.tasks}
-
-    def __call__(self, generator: np.random.Generator) -> Prompt:
-        """The next prompt."""
-        task = self.tasks[int(generator.choice(len(self.tasks), p=self.weights))]
-        return self.prompts[task][int(generator.integers(len(self.prompts[task])))]
-
-
-def to_pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 pictures to a tensor [B, 3, 64, 64] in [-1, 1]."""
-    stacked = np.stack(images).astype(np.float32) / 127.5 - 1.0
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-
-
-class Stage:
-    """One resumable training: modules, optimizer, step counter and moving average in one state file."""
-
-    def __init__(self, name: str, work: Path, modules: dict[str, nn.Module], lr: float, steps: int, ema: float,
-                 cooldown: float = 0.2):  # fmt: skip
-        self.name, self.steps, self.decay, self.cooldown = name, steps, ema, cooldown
-        self.path = work / f"{name}.pt"
-        self.modules = modules
-        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=1e-4)
-        self.lr = lr
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.step = 0
-        self.seconds = 0.0
-        self.losses: list[float] = []
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            for key, module in modules.items():
-                module.load_state_dict(state["modules"][key])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average = state["average"]
-            self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
-
-    def save(self) -> None:
-        """Writes the state file, whole or not at all."""
-        state = {
-            "modules": {key: module.state_dict() for key, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average,
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": self.losses,
-        }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
-
-    def run(self, loss_of: Callable[[int], Tensor], save_every: int = 250) -> None:
-        """Trains to the last step; `loss_of(step)` must depend on nothing but the weights and the step."""
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=5)
-        last = time.monotonic()
-        while self.step < self.steps:
-            # Warm-up over 100 steps, constant, and a linear way to zero over the last steps.
-            factor = min(1.0, (self.step + 1) / 100, (self.steps - self.step) / (self.cooldown * self.steps))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * factor
-            loss = loss_of(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-            self.losses.append(float(loss.detach()))
-            bar.update()
-            if self.step % 50 == 0:
-                bar.set_postfix(loss=f"{np.mean(self.losses[-50:]):.4f}")
-            now = time.monotonic()
-            self.seconds += now - last
-            last = now
-            if self.step % save_every == 0 or self.step == self.steps:
-                self.save()
-        bar.close()
-
-    def load_average(self) -> None:
-        """Puts the moving average into the modules."""
-        with torch.no_grad():
-            for p, a in zip(self.parameters, self.average, strict=True):
-                p.copy_(a)
-        for module in self.modules.values():
-            module.eval()
-
-
-def _generators(seed: int, *key: int) -> tuple[np.random.Generator, torch.Generator]:
-    words = np.random.SeedSequence([seed, *key])
-    return np.random.default_rng(words), torch.Generator().manual_seed(int(words.generate_state(1)[0]))
 
 
 def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
@@ -150,7 +42,7 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
     draw = PromptSampler()
 
     def loss_of(step: int) -> Tensor:
-        numpy_generator, generator = _generators(seed, 1, step)
+        numpy_generator, generator = generators(seed, 1, step)
         pixels = to_pixels([render(draw_scene(draw(numpy_generator), numpy_generator)) for _ in range(16)])
         ground = pixels.flatten(2).median(dim=2).values[..., None, None]
         weight = 1 + 4 * ((pixels - ground).abs().amax(1, keepdim=True) > 0.1)
@@ -166,65 +58,19 @@ def train_vae(work: Path, seed: int, steps: int) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, work: Path, seed: int, count: int, *, poor: bool = False
-                  ) -> tuple[Tensor, list[str]]:  # fmt: skip
-    """Posterior means and deviations, [count, 16, 8, 8], of tidy scenes of the training prompts, and the prompts.
-
-    With `poor`, every scene is drawn badly, see `degrade`.
-    """
-    path = work / ("poor_scenes.pt" if poor else "tidy_scenes.pt")
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        return state["moments"], state["texts"]
-    draw = PromptSampler()
-    moments, texts = [], []
-    for start in tqdm(range(0, count, 100), desc=f"encode {path.stem}", unit="batch", mininterval=5):
-        generator, _ = _generators(seed, 7 if poor else 6, start)
-        chosen = [draw(generator) for _ in range(100)]
-        pictures = []
-        for prompt in chosen:
-            picture = render(draw_scene(prompt, generator, tidy=True))
-            pictures.append(degrade(picture, generator) if poor else picture)
-        posterior = vae.encode(to_pixels(pictures)).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
-        texts += [p.text for p in chosen]
-    state = {"moments": torch.cat(moments), "texts": texts}
-    torch.save(state, path)
-    return state["moments"], texts
-
-
 class NoisyBatches:
-    """What the denoiser is trained on: noisy latents, timesteps, noise and token ids of one step's rows.
+    """What the UNet is trained on: noisy latents, timesteps, noise and token ids of one step's rows."""
 
-    Args:
-        clean: Latent moments [N, 16, 8, 8] and prompts of well-drawn scenes.
-        poor: The same of badly drawn ones.
-        scaling: The autoencoder's scaling factor.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, clean: tuple[Tensor, list[str]], poor: tuple[Tensor, list[str]],
-                 scaling: float) -> None:  # fmt: skip
-        self.counts = len(clean[1]), len(poor[1])
-        self.mean, self.std = torch.cat([clean[0], poor[0]]).chunk(2, dim=1)
-        self.ids, self.empty = (
-            tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            for texts in (clean[1] + poor[1], [""])
-        )
-        self.scaling = scaling
+    def __init__(self, scenes: SceneBatches) -> None:
+        self.scenes = scenes
         self.schedule = schedule_from_config(networks.build_scheduler().config)
 
     def draw(self, generator: torch.Generator, share: float, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A batch of `size` rows, each of a poor drawing with probability `share`; a tenth without its prompt."""
-        clean, poor = (torch.randint(n, (size,), generator=generator) for n in self.counts)
-        rows = torch.where(torch.rand(size, generator=generator) < share, self.counts[0] + poor, clean)
-        mean = self.mean[rows]
-        latents = mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
+        """A batch of `size` rows, each of a poor drawing with probability `share`."""
+        latents, rows = self.scenes.draw(generator, share, size)
+        noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (size,), generator=generator)
-        noisy = self.schedule.add_noise(latents * self.scaling, noise, timesteps)
-        dropped = torch.rand(size, 1, generator=generator) < 0.1
-        return noisy, timesteps, noise, torch.where(dropped, self.empty, self.ids[rows])
+        return self.schedule.add_noise(latents, noise, timesteps), timesteps, noise, self.scenes.ids(rows, generator)
 
     def loss(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, batch: Sequence[Tensor]) -> Tensor:
         """Squared error of epsilon with min-SNR weights (Hang et al. 2023, arXiv:2303.09556), gamma 5."""
@@ -247,8 +93,7 @@ def prepare_denoiser(work: Path, vae: AutoencoderKL, seed: int, scenes: int
     scaling = float(1.0 / (mean.var() + std.square().mean()).sqrt())
     vae.register_to_config(scaling_factor=scaling)
     poor = encode_scenes(vae, work, seed, scenes * 2 // 5, poor=True)
-    # The batches have a tokenizer of their own: padding leaves its mark on the one that is saved.
-    batches = NoisyBatches(networks.build_tokenizer(), clean, poor, scaling)
+    batches = NoisyBatches(SceneBatches(clean, poor, scaling))
     return networks.build_pipeline(tokenizer, text_encoder, vae, unet), batches
 
 
@@ -267,7 +112,7 @@ def train_denoiser(work: Path, vae: AutoencoderKL, seed: int, steps: int, mixed_
         stage = Stage(name, work, modules, lr=8e-4, steps=length, ema=0.998, cooldown=0.25)
 
         def loss_of(step: int, share: float = share, key: int = key) -> Tensor:
-            batch = batches.draw(_generators(seed, key, step)[1], share)
+            batch = batches.draw(generators(seed, key, step)[1], share)
             return batches.loss(pipeline.text_encoder, pipeline.unet, batch)
 
         stage.run(loss_of)
@@ -302,11 +147,11 @@ def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
         return prompt.text, better, worse
 
     def loss_of(step: int) -> Tensor:
-        generator, _ = _generators(seed, 4, step)
+        generator, _ = generators(seed, 4, step)
         texts, better, worse = zip(*(pair(generator) for _ in range(48)), strict=True)
         ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         pixels = to_pixels([*better, *worse])
-        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=_generators(seed, 5, step)[1])
+        pixels = pixels + 0.05 * torch.randn(pixels.shape, generator=generators(seed, 5, step)[1])
         output = scorer(input_ids=ids, pixel_values=pixels)
         logits = output.logits_per_text  # [48, 96]
         rows = torch.arange(48)
@@ -359,7 +204,7 @@ def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
             images = policy.sample(texts, seeds, guidance_scale=guidance, num_inference_steps=12)
             rows += benchmark.score(images, some)
         found[f"judge score, guidance {guidance:g}"] = float(benchmark.aggregate(rows).scores["judge_score"].value or 0)
-    generator, _ = _generators(0, 9)
+    generator, _ = generators(0, 9)
     asked = [parse_prompt(c.prompt) for c in cases]
     drawn = [draw_scene(p, generator) for p in asked]
     spoilt = [render(spoil_scene(p, s, generator)) for p, s in zip(asked, drawn, strict=True)]

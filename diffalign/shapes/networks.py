@@ -10,11 +10,23 @@ import json
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    T5Tokenizer,
+)
 
 from diffalign.shapes.scenes import IMAGE_SIZE, prompts
 
@@ -138,3 +150,62 @@ def build_scorer(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
     text = _text_config(tokenizer, layers=2)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
+
+
+def build_flow_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModelWithProjection, ...]:
+    """The two text encoders of the flow pipeline.
+
+    Stable Diffusion 3 reads the last layer but one: the first has three layers, of which two can take over the weights
+    of `build_text_encoder`; the second, which the pipeline needs too, is as small as can be.
+    """
+    first = _text_config(tokenizer, layers=3)
+    second = _text_config(tokenizer, layers=2)
+    second.update({"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16, "num_attention_heads": 2})
+    return CLIPTextModelWithProjection(first), CLIPTextModelWithProjection(second)
+
+
+def build_flow_transformer() -> SD3Transformer2DModel:
+    """A flow transformer for latents [8, 8, 8]: four joint blocks on 64 image tokens."""
+    return SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 8,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=TEXT_WIDTH + 16,
+        caption_projection_dim=192,
+        pooled_projection_dim=TEXT_WIDTH + 16,
+        pos_embed_max_size=IMAGE_SIZE // 8,
+        qk_norm="rms_norm",
+    )
+
+
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Rectified flow, its steps shifted a little towards noise."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.5)
+
+
+def build_flow_pipeline(
+    tokenizer: CLIPTokenizer,
+    text_encoders: tuple[CLIPTextModelWithProjection, ...],
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+) -> StableDiffusion3Pipeline:
+    """The parts as a stock `StableDiffusion3Pipeline` without T5.
+
+    Its third tokenizer says with its `model_max_length` of 1 that there is one zero token in T5's place, not 256.
+    """
+    third = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0, model_max_length=1)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=build_flow_scheduler(),
+        vae=vae,
+        text_encoder=text_encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=third,
+    )

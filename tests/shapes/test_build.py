@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from diffalign.backbones import load_policy
 from diffalign.reward_models import ShapesScore
-from diffalign.shapes.build import NoisyBatches, Stage, build, encode_scenes
+from diffalign.shapes.build import NoisyBatches, build, encode_scenes
 from diffalign.shapes.networks import build_tokenizer, build_vae
+from diffalign.shapes.stages import Stage
 
 
 def _stage(work: Path) -> tuple[Stage, nn.Linear]:

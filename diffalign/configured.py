@@ -1,0 +1,97 @@
+"""What a configuration stands for: the device, the size, the policy and the data of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from diffalign.backbones import LoRA, ModelSource, load_policy
+from diffalign.config import ConfigError, ModelConfig, RunConfig
+from diffalign.data import DataConfig
+from diffalign.policy import Policy
+
+
+def pick_device() -> str:
+    """The accelerator that is there, or the CPU; the processes of a machine take its GPUs in turn."""
+    if torch.cuda.is_available():
+        local = os.environ.get("LOCAL_RANK")
+        return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def picture_size(config: RunConfig) -> tuple[int, int] | None:
+    """Height and width of what a run encodes and draws, as the sections `model` and `data` say; None: the model's own.
+
+    Raises:
+        ConfigError: If they contradict each other.
+    """
+    wanted, data = config.model.resolution, config.data.size if config.data is not None else None
+    size = (wanted, wanted) if isinstance(wanted, int) else wanted
+    if config.data is not None and data is not None and size is not None and size != data:
+        found = f"model.resolution is {wanted} and data.resolution is {config.data.resolution}"
+        raise ConfigError(f"{found}; leave out data.resolution")
+    return size or data
+
+
+def load_model(
+    model: ModelConfig,
+    source: ModelSource,
+    *,
+    train: bool = False,
+    adapter: str | None = None,
+    start: str | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Policy:
+    """The policy of a configuration: how `train`, `pairs`, `sample` and `evaluate` all load it.
+
+    Args:
+        model: The section `model`.
+        source: The model it names, looked at already.
+        train: Whether to train it: with the adapters of `model.lora`, or whole.
+        adapter: Trained weights to put on top.
+        start: Trained weights that policy and reference both start from.
+        size: Height and width in pixels; None takes the model's own.
+        dtype: Of the denoiser's frozen weights; None means float32.
+        device: None picks the accelerator that is there, or the CPU.
+    """
+    policy: Any = load_policy(
+        source,
+        lora=LoRA(**model.lora.model_dump()) if train and model.lora is not None else None,
+        train=train,
+        adapter=adapter,
+        start=start,
+        dtype=dtype,
+        device=device or pick_device(),
+        attention=model.attention,
+        size=size,
+        num_frames=model.num_frames,
+        quantization=model.quantization,
+        options=model.options,
+    )
+    if model.vae_slicing or model.vae_tiling:
+        policy.divide_vae(slicing=model.vae_slicing, tiling=model.vae_tiling)
+    if model.channels_last:
+        policy.to_channels_last()
+    return cast(Policy, policy)
+
+
+def pairs_folder(config: RunConfig) -> Path:
+    """Where `diffalign pairs` writes, and where `train` reads if no other data are named."""
+    return Path(config.output_dir) / "pairs"
+
+
+def data_config(config: RunConfig) -> DataConfig:
+    """The run's data: the section `data`, or the pairs that `diffalign pairs` made."""
+    if config.data is not None:
+        return config.data
+    if config.pairs is None:
+        raise ConfigError("config has neither a section 'data' nor 'pairs'; name the preference pairs to train on")
+    folder = pairs_folder(config)
+    if not (folder / "index.jsonl").is_file():
+        raise ConfigError(f"{folder} holds no pairs yet; run `diffalign pairs` with this config first")
+    return DataConfig(train_data_dir=folder, fps=config.sampling.fps)
