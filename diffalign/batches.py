@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -99,6 +99,24 @@ class PairBatch:
             weight=self.weight.pin_memory(),
         )
 
+    def to_state(self) -> dict[str, Any]:
+        """Every field as plain values and tensors on the CPU, for `torch.save`; `from_state` makes the batch again."""
+        return {"kind": type(self).__name__, **{f.name: _packed(getattr(self, f.name)) for f in fields(self)}}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> PairBatch:
+        """The batch that `to_state` took apart, of its own kind.
+
+        Raises:
+            ValueError: If no kind of this name is loaded; a trainer's module loads the kind that it learns from.
+        """
+        kinds = {kind.__name__: kind for kind in _kinds(PairBatch)}
+        if state["kind"] not in kinds:
+            known = ", ".join(sorted(kinds))
+            raise ValueError(f"unknown kind of batch {state['kind']!r} (loaded: {known}); import its module first")
+        kind = kinds[state["kind"]]
+        return kind(**{f.name: _unpacked(state[f.name]) for f in fields(kind)})
+
 
 @dataclass(frozen=True)
 class NoisyStates:
@@ -119,3 +137,30 @@ class NoisyStates:
     timesteps: Tensor
     noisy_latents: Tensor
     target: Tensor
+
+
+def _kinds(kind: type[PairBatch]) -> list[type[PairBatch]]:
+    """A class of batches and all classes below it."""
+    return [kind, *(found for child in kind.__subclasses__() for found in _kinds(child))]
+
+
+def _packed(value: Any) -> Any:
+    """A field of a batch as what `torch.load` reads with `weights_only`."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Conditioning):
+        return {"conditioning": {name: _packed(tensor) for name, tensor in value.tensors.items()}}
+    if isinstance(value, tuple):
+        return {"draws": [(draw.seed, draw.epoch, draw.pair_id) for draw in value]}
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    """What `_packed` was given."""
+    if isinstance(value, Mapping):
+        return Conditioning(value["conditioning"]) if "conditioning" in value else tuple(map(_draw, value["draws"]))
+    return value
+
+
+def _draw(key: Sequence[Any]) -> Draw:
+    return Draw(*key)

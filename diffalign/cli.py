@@ -44,7 +44,8 @@ class _UserErrors(click.Group):
 def cli(debug: bool) -> None:
     """Preference alignment for text-to-image and text-to-video diffusion and flow models.
 
-    pairs, sample, score, train and evaluate share their work among processes: `accelerate launch -m diffalign ...`
+    pairs, rollout, sample, score, train and evaluate share their work among processes:
+    `accelerate launch -m diffalign ...`
     """
 
 
@@ -77,6 +78,12 @@ def demo(output: str, seeds: str, quick: bool) -> None:
 @click.option("--num-frames", type=click.IntRange(min=1), default=None, help="Of a video; likewise.")
 @click.option("--fps", type=float, default=None, help="Frames per second of the video files; likewise.")
 @click.option("--batch-size", type=int, default=None, help="Default: 8 images or 1 video.")
+@click.option("--reward-guidance", default=None, help="Folder of a reward model that `train-reward` made.")
+@click.option("--reward-weights", default="", help="Of its dimensions, such as VQ=0.5,TA=1; default: 1 for all.")
+@click.option("--reward-scale", type=float, default=1.0, show_default=True, help="Strength of its guidance.")
+@click.option("--negative-model", default=None, help="Weights for guidance to turn away from: an npo run's folder, ...")
+@click.option("--negative-alpha", type=float, default=1.0, show_default=True, help="Share of --adapter in them, 0..1.")
+@click.option("--negative-scale", type=float, default=1.0, show_default=True, help="Share of their own training, 0..1.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def sample(
     model: str,
@@ -87,12 +94,14 @@ def sample(
     height: int | None,
     width: int | None,
     num_frames: int | None,
+    reward_weights: str,
     **sampling: Any,
 ) -> None:
     """Sample images or videos from MODEL (folder, Hub id or diffalign://shapes). Goes on where it was stopped."""
     if (height is None) != (width is None):
         raise ValueError("--height and --width go together; give both or neither")
     size = (height, width) if height is not None and width is not None else None
+    sampling["reward_weights"] = _weights(reward_weights)
     _print(_commands().sample(model, prompts, output, adapter, limit, sampling, size, num_frames))
 
 
@@ -102,6 +111,14 @@ def sample(
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """Make preference pairs with the model of CONFIG: sample, score, keep best against worst."""
     _print(_commands().pairs(config, overrides))
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+def rollout(config: str, overrides: tuple[str, ...]) -> None:
+    """Draw the images that people label next, with the weights the run of CONFIG has now. Goes on where it stopped."""
+    _print(_commands().rollout(config, overrides))
 
 
 @cli.command()
@@ -124,6 +141,14 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     With several processes: accelerate launch --config_file configs/accelerate/ddp.yaml -m diffalign train CONFIG
     """
     _print(_commands().train(config, overrides, dry_run))
+
+
+@cli.command("train-reward")
+@click.argument("config")
+@OVERRIDES
+def train_reward(config: str, overrides: tuple[str, ...]) -> None:
+    """Train the reward model of CONFIG's section `reward` on its pairs, for `sample --reward-guidance`."""
+    _print(_commands().train_reward(config, overrides))
 
 
 @cli.command()
@@ -190,6 +215,15 @@ def push(run_dir: str, repo_id: str, private: bool, license: str | None) -> None
 def doctor(output: str) -> None:
     """Print versions, devices, attention backends, disk, and what is missing for which feature."""
     click.echo(_commands().doctor(output))
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`VQ=0.5,TA=1` as numbers by name."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError as error:
+        raise ValueError(f"--reward-weights: expected numbers by name like VQ=0.5,TA=1, found {text!r}") from error
 
 
 def _print(result: str) -> None:

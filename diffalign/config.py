@@ -1,8 +1,8 @@
 """Configurations: frozen models, read strictly from YAML, overridden by dotted paths.
 
-Defaults live here, in `diffalign.data`, `diffalign.generation`, `diffalign.mining` and in the trainers' `Config`
-classes, and nowhere else. Unknown keys are errors with a suggestion. Leaf names are the words that users of
-diffusers, accelerate, peft and TRL already type, with the same meaning.
+Defaults live here, in `diffalign.data`, `diffalign.generation`, `diffalign.mining`, `diffalign.rollout_config` and in
+the trainers' `Config` classes, and nowhere else. Unknown keys are errors with a suggestion. Leaf names are the words
+that users of diffusers, accelerate, peft and TRL already type, with the same meaning.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from diffalign.data import DataConfig
 from diffalign.generation import SamplingConfig
 from diffalign.mining import PairsConfig
+from diffalign.rollout_config import RolloutConfig
 from diffalign.validation import explain, unknown_key
 
 
@@ -150,6 +151,24 @@ class TrainingConfig(_Strict):
     reward_model: str | None = None
 
 
+class RewardConfig(_Strict):
+    """A reward model to train on the run's pairs: `diffalign train-reward`.
+
+    Attributes:
+        kind: "noisy_latent": the first blocks of the model's own flow transformer and a head, for guidance.
+        layers: How many blocks.
+        trunk: Whether these blocks are trained with the head, or stay as they are.
+        ties: k of the law of comparisons, at least 1; 5 in VideoReward. 1 is Bradley and Terry's, without ties.
+        timestep_sampling: Law of the timesteps; guidance asks for rewards at all of them.
+    """
+
+    kind: Literal["noisy_latent"] = "noisy_latent"
+    layers: int = Field(default=8, ge=1)
+    trunk: Literal["trained", "frozen"] = "trained"
+    ties: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+
+
 class EvaluationConfig(_Strict):
     """Base against aligned, on prompts no training saw.
 
@@ -173,20 +192,23 @@ def _scalar_name(value: Any) -> Any:
 
 
 class RunConfig(_Strict):
-    """A whole experiment: one file serves `pairs`, `train`, `evaluate` and `report`.
+    """A whole experiment: one file serves `pairs`, `train`, `train-reward`, `evaluate` and `report`.
 
     `trainer` holds the method's name and its own settings, checked against the method's `Config`. Without `data`,
-    `train` reads the pairs that `diffalign pairs` wrote for this config, in `<output_dir>/pairs`.
+    `train` reads the pairs that `diffalign pairs` wrote for this config, in `<output_dir>/pairs`; methods that learn
+    from the model's own rollouts have a section `rollout` instead.
     """
 
     output_dir: str
     seed: int = 0
     model: ModelConfig
     pairs: PairsConfig | None = None
+    rollout: RolloutConfig | None = None
     data: DataConfig | None = None
     trainer: Annotated[dict[str, Any], BeforeValidator(_scalar_name)] = Field(
         default_factory=lambda: {"name": "diffusion_dpo"}
     )
+    reward: RewardConfig | None = None
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -9,8 +9,11 @@ from typing import Any, cast
 import torch
 
 from diffalign.backbones import LoRA, ModelSource, load_policy
+from diffalign.backbones.negative_files import NegativeModel, find_negative
 from diffalign.config import ConfigError, ModelConfig, RunConfig
 from diffalign.data import DataConfig
+from diffalign.generation import INDEX_FILE, SamplingConfig
+from diffalign.mining import SAMPLES_FILE
 from diffalign.policy import Policy
 
 
@@ -80,18 +83,41 @@ def load_model(
     return cast(Policy, policy)
 
 
+def find_negative_model(source: ModelSource, sampling: SamplingConfig) -> NegativeModel | None:
+    """The negative model that a section `sampling` names, looked at but not loaded.
+
+    Raises:
+        ValueError: If it cannot be used with this model.
+    """
+    return None if sampling.negative_model is None else find_negative(source, sampling.negative_model)
+
+
 def pairs_folder(config: RunConfig) -> Path:
     """Where `diffalign pairs` writes, and where `train` reads if no other data are named."""
     return Path(config.output_dir) / "pairs"
 
 
-def data_config(config: RunConfig) -> DataConfig:
-    """The run's data: the section `data`, or the pairs that `diffalign pairs` made."""
+def data_config(config: RunConfig, *, scored: bool = False) -> DataConfig:
+    """The run's data: the section `data`, or what `diffalign pairs` made.
+
+    Args:
+        config: The run.
+        scored: Single images with their rewards, for methods that learn from those; pairs otherwise.
+    """
     if config.data is not None:
+        if scored and config.data.format == "auto":
+            return config.data.model_copy(update={"format": "scored"})
+        if scored != (config.data.format == "scored"):
+            wanted = "single images with rewards, format scored" if scored else "pairs"
+            raise ConfigError(f"data.format is {config.data.format!r}, and this method learns from {wanted}")
         return config.data
     if config.pairs is None:
         raise ConfigError("config has neither a section 'data' nor 'pairs'; name the preference pairs to train on")
     folder = pairs_folder(config)
-    if not (folder / "index.jsonl").is_file():
-        raise ConfigError(f"{folder} holds no pairs yet; run `diffalign pairs` with this config first")
+    name = SAMPLES_FILE if scored else INDEX_FILE
+    if not (folder / name).is_file():
+        what = f"scored images ({name})" if scored else "pairs"
+        raise ConfigError(f"{folder} holds no {what} yet; run `diffalign pairs` with this config first")
+    if scored:
+        return DataConfig(train_data_dir=folder, index=name, format="scored", fps=config.sampling.fps)
     return DataConfig(train_data_dir=folder, fps=config.sampling.fps)

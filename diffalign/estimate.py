@@ -22,7 +22,7 @@ from diffalign.backbones.loading import policy_class, read_part
 from diffalign.backbones.precision import DTYPES, halve
 from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder
-from diffalign.config import ConfigError, RunConfig, TrainingConfig
+from diffalign.config import ConfigError, RunConfig, TrainingConfig, trainer_settings
 from diffalign.data import load_pairs
 from diffalign.quantization import BYTES_PER_WEIGHT
 
@@ -204,13 +204,14 @@ def _pairs(config: RunConfig) -> int | None:
     """Pairs to train on where a file on this disk says so; nothing is fetched to find out."""
     from diffalign.configured import data_config
 
+    learns_from = trainer_settings(config)[0].learns_from
     try:
-        data = data_config(config)
+        data = data_config(config, scored=learns_from == "scored")
     except ConfigError:
         return None  # `diffalign pairs` has not run yet
     if data.train_data_dir is None and not Path(str(data.dataset_name)).exists():
         return None
-    size = load_pairs(data).size
+    size = load_pairs(data, winners_only=learns_from == "winners").size
     return size - config.training.num_validation_pairs if size is not None else None
 
 

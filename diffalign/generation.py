@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.processes import ALONE, Processes
 from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
-from diffalign.shapes import scenes
+from diffalign.shapes import clips, scenes
 from diffalign.videos import require_av, to_mp4
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("diffalign")
 
 SHAPES_SOURCE = "diffalign://shapes/"
+CLIPS_SOURCE = "diffalign://shapes_video/"
 INDEX_FILE = "index.jsonl"
 IMAGE_FOLDER = "images"
 VIDEO_FOLDER = "videos"
@@ -54,6 +55,19 @@ class SamplingConfig(BaseModel):
         batch_size: Images or videos per forward pass; None takes 8 images or 1 video. It changes the last digits of
             float32 sums, so it belongs to the settings that a folder is tied to.
         fps: Frames per second of the video files; None takes the family's own.
+        negative_model: Weights for the unconditional branch of guidance (Diffusion-NPO, arXiv:2505.11245): the output
+            folder of a run, a LoRA file, or a denoiser's folder. Used by `sample`, `pairs` and `evaluate`; pictures
+            that validate a run are drawn without. See docs/negative_models.md.
+        negative_alpha: Share of what the sampled model has learnt that they get, in 0..1.
+        negative_scale: Share of what the negative model has learnt that they get, in 0..1.
+        reward_guidance: Folder of a reward model on noisy latents, whose gradient moves the samples of a flow model
+            (Flow-NRG). Used by `sample`, and by `evaluate` for the aligned side; pairs and the pictures that validate a
+            run are drawn without. See docs/flow_rewards.md.
+        reward_weights: Weight of each of its dimensions; dimensions that are left out get 0, and all get 1 if none is
+            named.
+        reward_scale: w, how far the law of the samples is tilted: by exp(w * reward).
+        reward_max_factor: Bound of t / (1 - t), which grows without end towards pure noise; None leaves it alone.
+        reward_max_share: Bound of the correction's norm, as a share of the velocity's; None likewise.
         seed: Of the run; each image's seed is derived from it, see `image_seed`.
     """
 
@@ -64,6 +78,14 @@ class SamplingConfig(BaseModel):
     num_images_per_prompt: int = Field(default=1, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
+    negative_model: str | None = None
+    negative_alpha: float = Field(default=1.0, ge=0, le=1)
+    negative_scale: float = Field(default=1.0, ge=0, le=1)
+    reward_guidance: str | None = None
+    reward_weights: dict[str, float] = Field(default_factory=dict)
+    reward_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    reward_max_factor: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)
+    reward_max_share: float | None = Field(default=0.2, gt=0, allow_inf_nan=False)
     seed: int = 0
 
     def resolved(self, policy: Policy) -> SamplingConfig:
@@ -136,6 +158,7 @@ def generate(
         requests: What to draw; all of the kind that the policy draws.
         out_dir: Output folder; new, or of an earlier run with the same requests and settings.
         sampling: Guidance, steps, batch size and frame rate; seed and number of images are for `make_requests` only.
+            With a `negative_model`, the policy must have it already, see `Policy.put_negative`.
         reference: Draw with the frozen reference's weights instead of the policy's.
         settings: What else the images depend on and a reader should find in `settings.json`: path of the model, of
             the adapter. The hash of the weights is added, unless given as `weights`.
@@ -177,6 +200,7 @@ def generate(
                 guidance_scale=sampling.guidance_scale,
                 num_inference_steps=sampling.num_inference_steps,
                 reference=reference,
+                **({"negative": True} if sampling.negative_model is not None else {}),
             )
             for request, image in zip(batch, images, strict=True):
                 drawn = _finite(image, request)
@@ -219,8 +243,8 @@ def to_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def weights_fingerprint(policy: Policy, *, reference: bool = False) -> str:
-    """A hash of the weights that draw an image: denoiser, autoencoder and text encoder.
+def weights_fingerprint(policy: Policy, *, reference: bool = False, negative: bool = False) -> str:
+    """A hash of the weights that draw an image: denoiser, autoencoder and text encoder, with `negative` that model too.
 
     With `reference`, adapters are left out, so that the reference has one fingerprint whatever adapter lies on it. A
     reference that is a frozen copy is named by the live weights beside it: too strict, never too lax.
@@ -232,6 +256,8 @@ def weights_fingerprint(policy: Policy, *, reference: bool = False) -> str:
         plain = name.replace(".base_layer.", ".")  # peft's name for a layer under an adapter
         digest.update(f"{plain if reference else name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    if negative:
+        digest.update(policy.negative_fingerprint().encode())
     return digest.hexdigest()
 
 
@@ -256,8 +282,16 @@ def _everything(
     }
     if policy.is_video:
         everything["fps"] = sampling.fps
+    negative = sampling.negative_model is not None
+    if negative:
+        everything["negative"] = {
+            "model": sampling.negative_model,
+            "alpha": sampling.negative_alpha,
+            "scale": sampling.negative_scale,
+            "weights": policy.negative_fingerprint(),
+        }
     if "weights" not in everything:
-        everything["weights"] = weights_fingerprint(policy, reference=reference)
+        everything["weights"] = weights_fingerprint(policy, reference=reference, negative=negative)
     return everything
 
 
@@ -319,7 +353,8 @@ def read_prompts(
     Args:
         source: A text file with one prompt a line (blank lines are skipped); a `.jsonl` file whose rows have a
             `prompt` field, and maybe others, which are kept; or `diffalign://shapes/train` and
-            `diffalign://shapes/held_out`, the prompts of the embedded world with their `task`. A file that is not
+            `diffalign://shapes/held_out`, the prompts of the embedded world with their `task`, or those of its clips,
+            `diffalign://shapes_video/train` and so on. A file that is not
             there is looked for among the packaged `configs/prompts/`.
         limit: At most so many. Of a file the first ones; of the embedded world a seeded choice, balanced over the
             tasks (all of a task that has fewer). A larger limit keeps the choice of a smaller one.
@@ -375,19 +410,24 @@ def _parse(path: Path, number: int, line: str) -> PromptRow:
 
 
 def _embedded_prompts(source: str, limit: int | None, seed: int, task_weights: Mapping[str, float]) -> list[PromptRow]:
-    known = [SHAPES_SOURCE + split for split in ("train", "held_out", "all")]
+    splits = ("train", "held_out", "all")
+    known = [world + split for world in (SHAPES_SOURCE, CLIPS_SOURCE) for split in splits]
     if source not in known:
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown embedded prompts {source!r}{hint} (available: {', '.join(known)})")
+    world, _, name = source.rpartition("/")
+    split = cast(scenes.Split, name)
+    moving = world + "/" == CLIPS_SOURCE
+    tasks = tuple(clips.MOTIONS) if moving else scenes.TASKS
+    everything: Sequence[Any] = clips.clip_prompts(split) if moving else scenes.prompts(split)
     for task, weight in task_weights.items():
-        if task not in scenes.TASKS:
-            raise ValueError(f"task_weights: unknown task {task!r} (available: {', '.join(scenes.TASKS)})")
+        if task not in tasks:
+            raise ValueError(f"task_weights: unknown task {task!r} (available: {', '.join(tasks)})")
         if not 0 <= weight < float("inf"):
             raise ValueError(f"task_weights: the weight of {task} must be a finite number >= 0, got {weight}")
-    split = cast(scenes.Split, source.removeprefix(SHAPES_SOURCE))
-    weights = {task: task_weights.get(task, 1.0) for task in scenes.TASKS}
-    by_task = {task: scenes.prompts(split, task) for task in scenes.TASKS if weights[task] > 0}
+    weights = {task: task_weights.get(task, 1.0) for task in tasks}
+    by_task = {task: [p for p in everything if p.task == task] for task in tasks if weights[task] > 0}
     total = sum(len(found) for found in by_task.values())
     if total == 0:
         raise ValueError("task_weights leave no task: all weights are 0; expected one above 0")
@@ -396,7 +436,7 @@ def _embedded_prompts(source: str, limit: int | None, seed: int, task_weights: M
     for task, found in by_task.items():
         ranked = sorted((p.text for p in found), key=lambda text: image_seed(seed, f"choice/{text}", 0))
         chosen.update(ranked[: shares[task]])
-    return [PromptRow(p.text, {"task": p.task}) for p in scenes.prompts(split) if p.text in chosen]
+    return [PromptRow(p.text, {"task": p.task}) for p in everything if p.text in chosen]
 
 
 def task_shares(sizes: Mapping[str, int], total: int, weights: Mapping[str, float]) -> dict[str, int]:

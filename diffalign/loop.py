@@ -21,16 +21,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign import checkpoints, sharding
+from diffalign import checkpoints, failures, sharding
 from diffalign.backbones.precision import DTYPES, under_autocast
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
+from diffalign.failures import replay
 from diffalign.launching import Terminated, check_wrapped, make_accelerator
 from diffalign.monitor import EarlyWarnings, MetricsFile
 from diffalign.optimizers import make_optimizer
 
-__all__ = ["BatchSource", "NonFiniteLossError", "fit", "make_accelerator", "replay"]
+__all__ = ["BatchSource", "NonFiniteLossError", "Waiting", "fit", "make_accelerator", "replay"]
 
 logger = logging.getLogger("diffalign")
 
@@ -41,7 +42,12 @@ MAX_SKIPPED_STEPS = 30
 
 
 class BatchSource(Protocol):
-    """Where batches come from: a pure function of the optimizer step."""
+    """Where batches come from: a pure function of the optimizer step.
+
+    A source may have two methods more. `metrics() -> Mapping[str, float]` is logged with the trainer's after every
+    step, as means over the processes; all of them give the same names. `waiting(step) -> str | None` says before a step
+    what a person has to do first, if there is anything; see `Waiting`.
+    """
 
     def batch(self, step: int, micro_step: int) -> PairBatch:
         """This process's pairs of one micro-batch."""
@@ -50,6 +56,10 @@ class BatchSource(Protocol):
     def update(self, step: int) -> None:
         """Called after every optimizer step."""
         ...
+
+
+class Waiting(Exception):  # noqa: N818 - nothing went wrong
+    """The source has no batch until somebody does what the message says; all that was trained is saved."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -81,6 +91,7 @@ def fit(
     Raises:
         ValueError: If there is nothing to train, or the accelerator was made for another configuration.
         NonFiniteLossError: If a loss is infinite or not a number; the batch is saved for replay first.
+        Waiting: If the source waits for somebody; checkpoint and trained weights are saved first.
         checkpoints.CheckpointError: If a checkpoint cannot be saved, or belongs to another configuration.
     """
     accelerator = accelerator or make_accelerator(config)
@@ -161,6 +172,7 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         self._resume()
         self.trainer.begin(self.step, self.output_dir)
+        reason: str | None = None
         accelerator.step = 0  # counts micro steps; a run that failed in the middle of one may have left it anywhere
         if accelerator.log_with:
             accelerator.init_trackers("diffalign", config=checkpoints.plain(self.settings))
@@ -174,12 +186,14 @@ class _Run:
         try:
             with Terminated() as terminated:
                 if self.step == 0 and validate and config.validation_steps:
-                    self._log(0, "validation", validate(0))
+                    self._validate(validate)
                 while self.step < config.max_train_steps:
+                    if (reason := self._waits()) is not None:
+                        break
                     self._one_step(bar)
                     last = self.step == config.max_train_steps
                     if validate and config.validation_steps and (self.step % config.validation_steps == 0 or last):
-                        self._log(self.step, "validation", validate(self.step))
+                        self._validate(validate)
                     stop = self._anyone(terminated.requested)
                     if self.step % config.checkpointing_steps == 0 or stop or last:
                         self._save()
@@ -192,8 +206,28 @@ class _Run:
             bar.close()
             for tracker in accelerator.trackers:  # `end_training` would also end the talk between processes
                 tracker.finish()
+        if reason is not None and self.step == 0:
+            raise Waiting(reason)
+        if reason is not None and self.step not in self.folder.steps():
+            self._save()
         self._save_final()
+        if reason is not None:
+            raise Waiting(reason)
         return self.output_dir
+
+    def _validate(self, validate: Validate) -> None:
+        forwards = self.policy.forwards
+        values = validate(self.step)
+        self.policy.forwards = forwards  # which tell what the method costs
+        self._log(self.step, "validation", values)
+
+    def _waits(self) -> str | None:
+        """What somebody has to do before the next step, if the source says so in any process."""
+        ask = getattr(self.source, "waiting", None)
+        if ask is None:
+            return None
+        reason: str | None = ask(self.step)
+        return (reason or "another process waits; see its message") if self._anyone(reason is not None) else None
 
     def _one_step(self, bar: Any) -> None:
         config, accelerator = self.config, self.accelerator
@@ -219,9 +253,12 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.trainer.update(self.step)
+        if (report := getattr(self.source, "metrics", None)) is not None:
+            sums |= {name: torch.tensor(value, device=accelerator.device).double() for name, value in report().items()}
         self.source.update(self.step)
         values = self._reduce(sums)
-        values |= {"grad_norm": float(norm), "lr": lr, "seconds": time.perf_counter() - started}
+        forwards = self.policy.forwards * accelerator.num_processes
+        values |= {"grad_norm": float(norm), "lr": lr, "forwards": forwards, "seconds": time.perf_counter() - started}
         shown = {"loss": "loss", "acc": "implicit_accuracy"}
         bar.set_postfix({k: f"{values[v]:.4f}" for k, v in shown.items() if v in values}, refresh=False)
         bar.update()
@@ -282,31 +319,15 @@ class _Run:
             self.accelerator.log(named, step=step)
 
     def _report_non_finite(self, batch: PairBatch, output: Any, what: str) -> None:
-        ids = [d.pair_id for d in batch.draws]
-        bad = [i for i, loss in zip(ids, output.losses.tolist(), strict=True) if not abs(loss) < 1e30]
-        path = self.output_dir / "failures" / f"step-{self.step}-rank-{self.accelerator.process_index}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Only plain weights: other processes, which may not have failed, would have to help with sharded ones.
-        own = {} if self.sharded else dict(zip(self.names, self.parameters, strict=True))
-        torch.save(
-            {
-                "step": self.step,
-                "draws": [(d.seed, d.epoch, d.pair_id) for d in batch.draws],
-                "conditioning": {k: v.cpu() for k, v in batch.conditioning.tensors.items()},
-                "chosen": batch.chosen.cpu(),
-                "rejected": batch.rejected.cpu(),
-                "weight": batch.weight.cpu(),
-                "losses": output.losses.cpu(),
-                "weights": {name: parameter.detach().cpu() for name, parameter in own.items()},
-                "settings": dict(self.settings),
-            },
-            path,
-        )
+        weights = {} if self.sharded else dict(zip(self.names, self.parameters, strict=True))
+        path = self.output_dir / "failures" / f"step-{self.step}-rank-{self.accelerator.process_index}.pt"
+        bad = failures.save(path, self.step, batch, output.losses, weights, self.settings)
         saved = (
             "the batch, without the sharded weights, is" if self.sharded else "the batch and the trained weights are"
         )
         raise NonFiniteLossError(
-            f"the {what} of step {self.step + 1} is not finite for pair(s) {', '.join(bad or ids)}; "
+            f"the {what} of step {self.step + 1} is not finite for pair(s) {', '.join(bad)}; "
             f"{saved} saved in {path} for replay (diffalign.loop.replay); "
             "lower the learning rate, or leave the pair out"
         )
@@ -323,6 +344,7 @@ class _Run:
             "ema": self._ema_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "warnings": self.warnings.state(),
+            "forwards": self.policy.forwards,
         }
 
         def write() -> None:
@@ -407,6 +429,7 @@ class _Run:
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.warnings.restore(state["warnings"])
+            self.policy.forwards = state["forwards"]
             self.step = found
             logger.info("resumed from %s", path)
         if self.accelerator.is_main_process:
@@ -422,26 +445,3 @@ class _Run:
     def _largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-
-def replay(path: Path, trainer: Any) -> Any:
-    """Computes the loss of a saved batch again, with the weights it met; see `NonFiniteLossError`.
-
-    Args:
-        path: The file under `failures/`.
-        trainer: A trainer on the same kind of policy.
-
-    Returns:
-        The trainer's `LossOutput`.
-    """
-    from diffalign.batches import Conditioning
-    from diffalign.randomness import Draw
-
-    state = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        for name, parameter in trainer.policy.named_trainable():
-            if state["weights"]:  # none are saved of parameters that were spread over processes
-                parameter.copy_(state["weights"][name])
-    draws = tuple(Draw(*draw) for draw in state["draws"])
-    batch = PairBatch(Conditioning(state["conditioning"]), state["chosen"], state["rejected"], state["weight"], draws)
-    return trainer.loss(batch)

@@ -69,10 +69,20 @@ def check_scorers(source: ModelSource, infos: Iterable[Any]) -> None:
             )
 
 
-def check_draws_images(source: ModelSource, command: str) -> None:
-    """Raises ValueError for a video model in a command that knows images only."""
-    if policy_class(source).is_video:
+def check_judges(source: ModelSource, infos: Iterable[Any], benchmark: Any | None) -> None:
+    """Raises ValueError unless what a video or image model draws is looked at by something that reads it.
+
+    Args:
+        source: The model.
+        infos: Of the reward models, see `check_scorers`.
+        benchmark: Class of the benchmark, or None.
+    """
+    infos, kind = list(infos), "videos" if policy_class(source).is_video else "images"
+    check_scorers(source, infos)
+    if benchmark is not None and benchmark.is_video != (kind == "videos"):
+        other = "videos" if benchmark.is_video else "images"
         raise ConfigError(
-            f"`diffalign {command}` compares images so far, and {source.family} draws videos; draw them with "
-            "`diffalign sample`, with and without --adapter"
+            f"evaluation.benchmark {benchmark.name!r} judges {other}, and {source.family} draws {kind}; name another"
         )
+    if benchmark is None and not infos:
+        raise ConfigError("evaluation has neither reward_models nor a benchmark; nothing would be compared")

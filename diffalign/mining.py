@@ -25,6 +25,8 @@ _log = logging.getLogger("diffalign")
 
 CANDIDATES = "candidates"
 SCORES_FILE = "scores.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+"""All images with a valid score, as scored samples; larger rewards are better."""
 SUMMARY_FILE = "summary.json"
 TIE = 1e-6
 """Scores that differ by no more than this are equal."""
@@ -125,10 +127,10 @@ def mine_pairs(
     """Draws images for each prompt, scores them, and pairs the best with the worst; a rerun goes on where it was.
 
     `out_dir/candidates/` holds all images, `scores.jsonl` their scores, `index.jsonl` the pairs (fields id, prompt,
-    chosen, rejected, score_chosen, score_rejected, margin; paths relative to `out_dir`), written at the end, and
-    `summary.json` the returned numbers. Images are scored from their files, so that a score does not depend on
-    when it was computed. `min_margin` and `pairs_per_prompt` may change between runs in one folder: images and scores
-    are used again.
+    chosen, rejected, score_chosen, score_rejected, margin; paths relative to `out_dir`) and `samples.jsonl` all images
+    that have a score (id, prompt, image, reward), both written at the end, and `summary.json` the returned numbers.
+    Images are scored from their files, so that a score does not depend on when it was computed. `min_margin` and
+    `pairs_per_prompt` may change between runs in one folder: images and scores are used again.
 
     Args:
         policy: Draws the images.
@@ -189,6 +191,8 @@ def _pair_up(
         short += len(group) < 2
         ties += len(group) >= 2 and not found
         pairs += [_pair_row(f"{number:05d}-{k}", *pair, sign) for k, pair in enumerate(found)]
+    samples = [_sample_row(candidate) for candidate in candidates if candidate is not None]
+    write_atomically(out_dir / SAMPLES_FILE, "".join(map(to_line, samples)).encode())
     dropped = [{"id": row["id"], "error": row["error"]} for row in rows if row["score"] is None]
     summary = {
         "prompts": prompts,
@@ -267,6 +271,12 @@ def _pair_row(pair_id: str, chosen: Candidate, rejected: Candidate, sign: float)
         "score_rejected": sign * rejected.score,
         "margin": chosen.score - rejected.score,
     }
+
+
+def _sample_row(candidate: Candidate) -> dict[str, Any]:
+    request = candidate.request
+    image = f"{CANDIDATES}/{request.file}"
+    return {"id": request.id, "prompt": request.prompt, "image": image, "reward": candidate.score}
 
 
 def _report(summary: Mapping[str, Any], out_dir: Path, pairs: Sequence[Row], min_margin: float) -> None:

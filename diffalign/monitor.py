@@ -21,6 +21,9 @@ CHOSEN_ERROR_LIMIT = 1.10
 """Chosen error over the reference's beyond which likelihood is being displaced."""
 CHOSEN_ERROR_WINDOW = 20
 """Steps over which the chosen errors are averaged, single steps being noisy."""
+FLIPPED_RATE = 0.7
+"""Share of samples that SePPO pulls in instead of pushing away, beyond which its loss has no counterweight."""
+FLIPPED_STEPS = 100
 
 
 class MetricsFile:
@@ -64,13 +67,14 @@ def _finite(value: Any) -> Any:
 
 
 class EarlyWarnings:
-    """Watches the logs for a saturated loss and for likelihood displacement; warns once for each.
+    """Watches the logs for a saturated loss, likelihood displacement and flipped samples; warns once for each.
 
     `state`/`restore` carry the counters through a checkpoint.
     """
 
     def __init__(self) -> None:
         self.saturated = 0
+        self.flipped = 0
         self.ratios: deque[float] = deque(maxlen=CHOSEN_ERROR_WINDOW)
         self.given: set[str] = set()
 
@@ -80,6 +84,8 @@ class EarlyWarnings:
             self.saturated = self.saturated + 1 if metrics["gate"] < SATURATED_GATE else 0
         if "ref_error_chosen" in metrics:
             self.ratios.append(metrics["error_chosen"] / max(metrics["ref_error_chosen"], 1e-12))
+        if "aaf_rate" in metrics:
+            self.flipped = self.flipped + 1 if metrics["aaf_rate"] > FLIPPED_RATE else 0
         messages = {}
         if self.saturated >= SATURATED_STEPS:
             messages["saturation"] = (
@@ -92,6 +98,12 @@ class EarlyWarnings:
                 f"the chosen error is {100 * (mean - 1):.0f} % above the reference's (mean of {CHOSEN_ERROR_WINDOW} "
                 "steps): the model unlearns the preferred images too; lower the learning rate, raise beta, or stop"
             )
+        if self.flipped >= FLIPPED_STEPS:
+            messages["flipped"] = (
+                f"the flipper counted more than {100 * FLIPPED_RATE:.0f} % of the samples as winners for "
+                f"{FLIPPED_STEPS} steps (aaf_rate): almost nothing is pushed away any more; stop here, or lower the "
+                "learning rate"
+            )
         fresh = [text for kind, text in messages.items() if kind not in self.given]
         self.given |= messages.keys()
         for text in fresh:
@@ -100,10 +112,16 @@ class EarlyWarnings:
 
     def state(self) -> dict[str, Any]:
         """The counters, for a checkpoint."""
-        return {"saturated": self.saturated, "ratios": list(self.ratios), "given": sorted(self.given)}
+        return {
+            "saturated": self.saturated,
+            "flipped": self.flipped,
+            "ratios": list(self.ratios),
+            "given": sorted(self.given),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Puts `state` back."""
         self.saturated = state["saturated"]
+        self.flipped = state.get("flipped", 0)  # older checkpoints do not have it
         self.ratios = deque(state["ratios"], maxlen=CHOSEN_ERROR_WINDOW)
         self.given = set(state["given"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from diffalign.batches import Conditioning, Moments
 from diffalign.predictions import Prediction
 from diffalign.schedules import Schedule
 from diffalign.sharding import whole
+
+if TYPE_CHECKING:
+    from diffalign.backbones.negative_files import NegativeModel
 
 
 class Predictor(Protocol):
@@ -37,6 +40,7 @@ class Policy(ABC):
         num_frames: Frames of a video; 1 for images.
         frame_rate: Frames per second of its videos, as the family was trained; 0 for images.
         reads_frame_rate: Whether the network is told `frame_rate`.
+        forwards: Samples that went through the denoiser so far, of policy and reference; those of `sample` not counted.
         max_tokens: How many tokens the text encoder reads, its special ones included.
         guidance_scale: What the family is usually sampled with, in the terms of its own pipeline.
         num_inference_steps: Likewise.
@@ -53,6 +57,7 @@ class Policy(ABC):
     frame_rate: float = 0.0
     reads_frame_rate: ClassVar[bool] = False
     max_tokens: int
+    forwards: int = 0
     guidance_scale: float
     num_inference_steps: int
 
@@ -70,7 +75,11 @@ class Policy(ABC):
 
         Not always what a dropped caption is in training: SDXL drops to the encoded empty prompt and guides with zeros.
         """
-        return self.encode_prompts([""] * count)
+        return self.unconditional(self.encode_prompts([""] * count))
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """`encode_unconditional` from rows of the empty prompt's embeddings; needs no text encoder."""
+        return empty
 
     @abstractmethod
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
@@ -104,13 +113,15 @@ class Policy(ABC):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         reference: bool = False,
+        negative: bool = False,
     ) -> Tensor:
         """Images [B, 3, H, W], or videos [B, T, 3, H, W], in [0, 1], made by the family's own diffusers pipeline.
 
         Each image starts from its own generator seeded with `seeds[i]`, so that it does not depend on the batch it
         is made in.
         Guidance and steps are the family's own where they are None.
-        With `reference`, the frozen reference's weights are used instead of the policy's.
+        With `reference`, the frozen reference's weights are used instead of the policy's; with `negative`, those of
+        `put_negative` in the unconditional branch of guidance, whose other branch does not change.
         """
 
     def sampling_settings(self, guidance_scale: float) -> dict[str, Any]:
@@ -136,6 +147,33 @@ class Policy(ABC):
             state: The trained parameters of the reference; None takes what training started from.
         """
         raise NotImplementedError(f"{type(self).__name__} has one reference only")
+
+    def put_negative(
+        self, model: NegativeModel | str | Path | None, *, alpha: float = 1.0, scale: float = 1.0
+    ) -> None:
+        """Gives the unconditional branch of guidance weights of its own, for `sample` with `negative`.
+
+        They are base + alpha * (policy - base) + scale * (model - what its training started from), of the policy's
+        weights as they are now. See `diffalign.backbones.negative_files`.
+
+        Args:
+            model: Weights trained to be disliked, such as the output folder of an `npo` run; None takes them out.
+            alpha: Share of what the policy has learnt, in 0..1; 1 minus the "merge weight" of the released scripts.
+            scale: Share of what the negative model has learnt, in 0..1.
+
+        Raises:
+            ValueError: If the family has no unconditional branch, or the weights are none of this denoiser's.
+        """
+        if model is not None:
+            raise NotImplementedError(f"{type(self).__name__} takes no negative model")
+
+    def negative_fingerprint(self) -> str:
+        """A hash of what `put_negative` added to the policy's weights.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no negative model")
 
     @abstractmethod
     def save_trained(self, folder: Path) -> None:

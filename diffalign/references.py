@@ -7,6 +7,7 @@ run that was killed finds them again. One of them is in use at any time; policy,
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class References:
         if name == INITIAL:
             raise ValueError(f"{INITIAL!r} is what training started from and cannot be replaced")
         state = self.policy.trained_state()
+        if self._folder is not None:
+            self._states.clear()  # the earlier ones are in their files: every process has taken steps since
         self._states[name] = state
         if self._folder is not None and int(os.environ.get("RANK", "0")) == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +68,16 @@ class References:
         self.policy.put_reference(None if name == INITIAL else self._state(name))
         self.current = name
 
+    def fingerprint(self, name: str) -> str:
+        """A hash of a state's weights; of the initial one, its name.
+
+        Raises:
+            ValueError: As `use`.
+        """
+        if name == INITIAL:
+            return INITIAL
+        return hashlib.blake2b(save(self._state(name)), digest_size=16).hexdigest()
+
     def drop(self, name: str) -> None:
         """Forgets a state that is in use no more, its file included."""
         self._states.pop(name, None)
@@ -77,7 +90,7 @@ class References:
             if self._folder is None or not path.is_file():
                 raise ValueError(f"reference {name!r} was not kept: {path} is missing; start the run anew")
             try:
-                self._states[name] = load_file(path)
+                return load_file(path)
             except SafetensorError as error:
                 raise ValueError(f"{path} is not a readable safetensors file ({error}); start the run anew") from error
         return self._states[name]

@@ -24,9 +24,9 @@ from diffalign.batches import Conditioning, PairBatch
 from diffalign.policy import Policy, Predictor
 from diffalign.randomness import Draw
 from diffalign.schedules import DiscreteSchedule, FlowSchedule, Schedule
-from diffalign.transitions import Transition, at_least_float32, leading_timesteps, solver_for
+from diffalign.transitions import DDIM, Euler, Solver, Transition, at_least_float32, leading_timesteps, solver_for
 
-__all__ = ["Rollouts", "StochasticSampler", "TransitionPairs", "sampling_grid"]
+__all__ = ["DeterministicSampler", "Rollouts", "StochasticSampler", "TransitionPairs", "guided", "sampling_grid"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ class Rollouts:
     def images_per_prompt(self) -> int:
         """K."""
         return len(self.path) // len(self.prompts)
+
+    def of_prompt(self, number: int) -> Rollouts:
+        """The K trajectories of one prompt, P = 1."""
+        images = slice(number * self.images_per_prompt, (number + 1) * self.images_per_prompt)
+        return replace(
+            self,
+            prompts=(self.prompts[number],),
+            draws=(self.draws[number],),
+            conditioning=self.conditioning[[number]],
+            path=self.path[images],
+            log_probs=self.log_probs[images],
+        )
 
     @property
     def latents(self) -> Tensor:
@@ -135,6 +147,77 @@ def sampling_grid(schedule: Schedule, steps: int) -> Tensor:
     return torch.cat([schedule.timestep_of_index(schedule.steps - even), even.new_zeros(1)])
 
 
+def guided(
+    predictor: Predictor,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    scale: float,
+) -> Tensor:
+    """The network's output under classifier-free guidance, u + scale (c - u), [B, C, ...]; at 1 without u.
+
+    Args:
+        predictor: The policy or its reference.
+        latents: [B, C, ...].
+        timesteps: [B].
+        conditioning: B rows.
+        unconditional: One row.
+        scale: In the convention of diffusers.
+    """
+    if scale == 1:
+        return predictor.predict(latents, timesteps, conditioning)
+    both = Conditioning.concatenate([unconditional.repeat(len(latents)), conditioning])
+    twice = latents.repeat(2, *[1] * (latents.ndim - 1))
+    without, told = at_least_float32(predictor.predict(twice, timesteps.repeat(2), both)).chunk(2)
+    return without + scale * (told - without)
+
+
+class DeterministicSampler:
+    """Draws latents without noise between the steps: DDIM with eta 0 on a chain, Euler on a flow.
+
+    Works on embeddings and gives latents, so that neither text encoder nor autoencoder is needed.
+
+    Args:
+        policy: Whose schedule, prediction and latents are drawn.
+        num_inference_steps: S.
+        guidance_scale: See `guided`.
+
+    Raises:
+        ValueError: If the schedule has no such sampler, or fewer levels than steps.
+    """
+
+    def __init__(self, policy: Policy, *, num_inference_steps: int, guidance_scale: float) -> None:
+        self.policy, self.guidance_scale = policy, guidance_scale
+        self.grid = sampling_grid(policy.schedule, num_inference_steps)
+        self.solver: Solver
+        if isinstance(policy.schedule, FlowSchedule):
+            self.solver = Euler(policy.schedule)
+        elif isinstance(policy.schedule, DiscreteSchedule):
+            self.solver = DDIM(policy.schedule, policy.prediction, eta=0.0)
+
+    @torch.no_grad()
+    def draw(
+        self, predictor: Predictor, draws: Sequence[Draw], conditioning: Conditioning, unconditional: Conditioning
+    ) -> Tensor:
+        """Latents [B, C, ...], float32, on the CPU.
+
+        Args:
+            predictor: The policy or its reference.
+            draws: Where the initial noise comes from, B entries.
+            conditioning: B rows.
+            unconditional: One row.
+        """
+        device = next(self.policy.denoiser.parameters()).device
+        conditioning, unconditional = conditioning.to(device), unconditional.to(device)
+        latents = torch.stack([draw.normal("initial noise", self.policy.latent_shape) for draw in draws]).to(device)
+        for now, after in pairwise(self.grid):
+            times = now.expand(len(draws)), after.expand(len(draws))
+            output = guided(predictor, latents, times[0], conditioning, unconditional, self.guidance_scale)
+            latents = self.solver.step(output, latents, *times).mean
+        return latents.float().cpu()
+
+
 class StochasticSampler:
     """Draws with noise at every step, and knows the law of every step.
 
@@ -177,13 +260,7 @@ class StochasticSampler:
             conditioning: B rows.
             unconditional: One row.
         """
-        if self.guidance_scale == 1:
-            output = predictor.predict(latents, timesteps, conditioning)
-        else:
-            both = Conditioning.concatenate([unconditional.repeat(len(latents)), conditioning])
-            twice = latents.repeat(2, *[1] * (latents.ndim - 1))
-            without, told = at_least_float32(predictor.predict(twice, timesteps.repeat(2), both)).chunk(2)
-            output = without + self.guidance_scale * (told - without)
+        output = guided(predictor, latents, timesteps, conditioning, unconditional, self.guidance_scale)
         return self.solver.step(output, latents, timesteps, next_timesteps)
 
     @torch.no_grad()

@@ -16,14 +16,18 @@ from diffalign.backbones.loading import check_gradient_checkpointing, check_opti
 from diffalign.backbones.precision import DTYPES
 from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder, write_text
-from diffalign.config import ConfigError, RunConfig, dump_config, trainer_settings
+from diffalign.config import ConfigError, RunConfig, TrainingConfig, dump_config, trainer_settings
 from diffalign.configured import data_config, load_model, pick_device, picture_size
 from diffalign.data import PairSource, check_media, check_source, encode_pairs, load_pairs
-from diffalign.loop import fit, make_accelerator
+from diffalign.loop import Waiting, fit, make_accelerator
 from diffalign.media_checks import check_media_settings, check_scorers
 from diffalign.policy import Policy
 from diffalign.processes import launched
 from diffalign.quantization import check_quantization
+from diffalign.rollout_checks import check_rollout, round_plan, steps_done
+from diffalign.rollout_labels import to_do
+from diffalign.rollout_source import RolloutSource
+from diffalign.rollout_store import FOLDER, RoundFolder
 from diffalign.training_checks import check_training
 from diffalign.validating import Validation
 
@@ -39,16 +43,20 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
 
     Raises:
         ValueError: If the configuration, model, data or checkpoint cannot be used; before any weights are loaded.
+        Waiting: If the images that the run would learn from next have to be drawn or labelled first.
     """
     source = checked(config)
     trainer_class, settings = trainer_settings(config)
     training = config.training.model_copy(update={"output_dir": config.output_dir})
-    data = data_config(config)
-    check_source(data)
+    if trainer_class.learns_from == "rollouts":
+        return _train_on_rollouts(config, training, source, say)
+    data = data_config(config, scored=trainer_class.learns_from == "scored")
+    winners_only = trainer_class.learns_from == "winners"
+    check_source(data, winners_only=winners_only)
     whole = config.model_dump(mode="json")
-    _check_resume(training, whole)
+    check_resume(training, whole)
     accelerator = make_accelerator(training)
-    pair_set = load_pairs(data)
+    pair_set = load_pairs(data, winners_only=winners_only)
     check_media(pair_set, policy_class(source))
     policy = training_policy(config, source, accelerator.device)
     cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
@@ -59,22 +67,7 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
         train_view, validation_view = encoded.split(training.num_validation_pairs, config.seed)
     trainer = trainer_class(policy, settings)
     if accelerator.is_main_process:
-        (say or logger.info)(trainer.describe())
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        write_text(Path(config.output_dir) / "config.yaml", dump_config(config))
-        write_text(
-            Path(config.output_dir) / "run.json",
-            json.dumps(
-                {
-                    "method": trainer.describe(),
-                    **trainer.facts(),
-                    "pairs": len(train_view),
-                    "cache": encoded.fingerprint,
-                    "started_from": config.model.adapter,
-                },
-                indent=2,
-            ),
-        )
+        _write_facts(config, trainer, say, {"pairs": len(train_view), "cache": encoded.fingerprint})
     pair_source = PairSource(
         train_view,
         seed=config.seed,
@@ -90,14 +83,62 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
     return fit(trainer, batches, training, settings=whole, accelerator=accelerator, validate=validate)
 
 
+def _train_on_rollouts(
+    config: RunConfig, training: TrainingConfig, source: ModelSource, say: Callable[[str], None] | None
+) -> Path:
+    """`train_config` for methods that learn from what the model draws."""
+    rollout, (trainer_class, settings) = config.rollout, trainer_settings(config)
+    assert rollout is not None  # as `checked` found
+    whole = config.model_dump(mode="json")
+    check_resume(training, whole)
+    folder, (_, step) = Path(config.output_dir) / FOLDER, steps_done(config)
+    if rollout.labels == "human" and step < training.max_train_steps:
+        number = step // round_plan(config, settings).steps_per_round
+        reason = to_do(RoundFolder(folder, number, {}), rollout)
+        if reason is not None:
+            raise Waiting(reason)
+    prompts = [row.prompt for row in rollout.read_prompts(config.seed)]
+    accelerator = make_accelerator(training)
+    scorer = None
+    if rollout.reward_model is not None:
+        from diffalign.reward_models import load_reward_model
+
+        scorer = load_reward_model(rollout.reward_model, **{"device": pick_device(), **rollout.reward_options})
+    policy = training_policy(config, source, accelerator.device)
+    trainer = trainer_class(policy, settings)
+    rollouts = RolloutSource(
+        trainer.sampler,
+        scorer,
+        prompts,
+        rollout,
+        seed=config.seed,
+        batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        processes=launched(),
+        folder=folder,
+    )
+    if accelerator.is_main_process:
+        facts = {"prompts": len(prompts), "steps_per_round": rollouts.steps_per_round}
+        _write_facts(config, trainer, say, facts)
+    validate = Validation(trainer, config, None, accelerator.device, accelerator.is_main_process)
+    batches = trainer.source(rollouts, config.seed)
+    return fit(trainer, batches, training, settings=whole, accelerator=accelerator, validate=validate)
+
+
+def _write_facts(config: RunConfig, trainer: Any, say: Callable[[str], None] | None, facts: Mapping[str, Any]) -> None:
+    """The method's line on the terminal; `config.yaml` and `run.json` in the run's folder."""
+    method, folder = trainer.describe(), Path(config.output_dir)
+    (say or logger.info)(method)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump_config(config))
+    everything = {"method": method, **trainer.facts(), **facts, "started_from": config.model.adapter}
+    write_text(folder / "run.json", json.dumps(everything, indent=2))
+
+
 def checked(config: RunConfig) -> ModelSource:
     """The model of a training run, if method, model and settings fit together; loads no weights."""
-    trainer_class, _ = trainer_settings(config)
-    if trainer_class.learns_from == "rollouts":
-        raise ConfigError(
-            f"trainer {config.trainer['name']!r} learns from rollouts, which `diffalign train` does not make yet; call "
-            "diffalign.fit with a diffalign.rollout_source.RolloutSource from Python"
-        )
+    trainer_class, settings = trainer_settings(config)
+    check_rollout(config, trainer_class, settings)
     model = config.model
     source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
     check_options(source, model.options)
@@ -122,6 +163,12 @@ def checked(config: RunConfig) -> ModelSource:
         from diffalign.reward_models import reward_model_info
 
         check_scorers(source, [reward_model_info(config.training.reward_model)])
+    if config.rollout is not None:
+        policy_class(source).check_sampling(source)
+        if config.rollout.reward_model is not None:
+            from diffalign.reward_models import reward_model_info
+
+            check_scorers(source, [reward_model_info(config.rollout.reward_model)])
     trainer_class.check_prediction(source.prediction)
     return source
 
@@ -145,7 +192,12 @@ def training_policy(config: RunConfig, source: ModelSource, device: torch.device
     return cast(Policy, policy)
 
 
-def _check_resume(training: Any, whole: Mapping[str, Any]) -> None:
+def check_resume(training: Any, whole: Mapping[str, Any]) -> None:
+    """Refuses a folder with checkpoints that the run would neither go on from nor may overwrite; loads no weights.
+
+    Raises:
+        checkpoints.CheckpointError: If it has some, of other settings or of a run that is not to be resumed.
+    """
     folder = CheckpointFolder(Path(training.output_dir))
     if training.resume_from_checkpoint:
         path = folder.find(training.resume_from_checkpoint)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from diffalign.generation import to_png
 from diffalign.policy import Policy
 from diffalign.randomness import Draw
 from diffalign.sharding import is_sharded
-from diffalign.videos import to_mp4
+from diffalign.videos import read_all_frames, to_mp4
 
 logger = logging.getLogger("diffalign")
 
 
 class Validation:
-    """Validation of a run: implicit accuracy on fixed triples, pictures and their scores.
+    """Validation of a run: the method's metrics on fixed triples, pictures and their scores.
 
     Args:
         trainer: Whose policy is validated.
@@ -65,7 +66,7 @@ class Validation:
         sums: dict[str, float] = {}
         count = sum(len(b) for b in self.batches)
         for batch in self.batches:
-            metrics = self.trainer.loss(batch.to(self.device)).metrics
+            metrics = self.trainer.validate(batch.to(self.device))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(batch) / count
         if "z_square" in sums:
@@ -101,13 +102,19 @@ class Validation:
         return {f"score/{training.reward_model}": float(self.scorer(images, prompts).mean())}
 
 
-def judge_side(index: Path, scores_path: Path, benchmark: str | None, out: Path) -> None:
-    """Scores and verdicts of one side's pictures, as results rows beside their folder."""
+def judge_side(index: Path, scores_path: Path | None, benchmark: str | None, out: Path) -> None:
+    """Scores and verdicts of one side's pictures or videos, as results rows beside their folder.
+
+    Args:
+        index: Of the pictures.
+        scores_path: Their scores; None if no reward model was asked for.
+        benchmark: Name of the judge, or None.
+        out: The file of rows.
+    """
     from diffalign import plugins
     from diffalign.eval import Case, Row, read_jsonl, write_rows
-    from diffalign.reward_models.media import to_rgb
 
-    scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)}
+    scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)} if scores_path is not None else {}
     judge = plugins.find("eval", benchmark)() if benchmark else None
     rows = []
     for item in read_jsonl(index):
@@ -116,12 +123,23 @@ def judge_side(index: Path, scores_path: Path, benchmark: str | None, out: Path)
             prompt=item["prompt"],
             seed=item["seed"],
             task=item.get("task"),
-            image=f"{index.parent.name}/{item['image']}",
-            scores=scores[item["id"]],
+            image=f"{index.parent.name}/{item['image']}" if "image" in item else None,
+            scores=scores[item["id"]] if scores_path is not None else {},
         )
         if judge is not None:
-            picture = pil_to_tensor(to_rgb(index.parent / item["image"])).float() / 255
-            verdict = judge.score(picture[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
+            media = _read_media(index.parent, item)
+            verdict = judge.score(media[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
             row = dataclasses.replace(row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence)
         rows.append(row)
     write_rows(out, rows)
+
+
+def _read_media(folder: Path, item: Mapping[str, Any]) -> torch.Tensor:
+    """A drawn picture [3, H, W], or all frames of a video [T, 3, H, W], in [0, 1]."""
+    from diffalign.reward_models.media import to_rgb
+
+    if "image" in item:
+        return pil_to_tensor(to_rgb(folder / item["image"])).float() / 255
+    with (folder / item["video"]).open("rb") as file:
+        frames = [pil_to_tensor(frame) for frame in read_all_frames(file)]
+    return torch.stack(frames).float() / 255

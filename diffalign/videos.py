@@ -92,6 +92,23 @@ def read_frames(file: BinaryIO, num_frames: int, fps: float) -> Iterator[Image.I
         )
 
 
+def read_all_frames(file: BinaryIO) -> list[Image.Image]:
+    """Every frame of a clip, in order; RGB and upright.
+
+    Args:
+        file: As in `read_frames`.
+
+    Raises:
+        VideoError: If the file is damaged or has no video.
+    """
+    av = require_av()
+    try:
+        with av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"}) as container:
+            return [_upright(frame) for _, _, frame in _timed_frames(container)]
+    except av.FFmpegError as error:
+        raise VideoError(f"no readable video ({error.strerror})") from error
+
+
 def _timed_frames(container: Any) -> Iterator[tuple[Fraction, Fraction, Any]]:
     """Decoded frames, each with its time from the first one on and how long it is shown, in seconds."""
     if not container.streams.video:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffalign.eval.compare import Comparison, Pool, compare_folder, pool
     from diffalign.eval.report import write_report
     from diffalign.eval.shapes import Shapes
+    from diffalign.eval.shapes_video import ShapesVideo
 
 _HOMES = {
     "Benchmark": "base",
@@ -33,6 +34,7 @@ _HOMES = {
     "Row": "base",
     "Score": "base",
     "Shapes": "shapes",
+    "ShapesVideo": "shapes_video",
     "compare_folder": "compare",
     "pool": "compare",
     "read_jsonl": "base",
@@ -51,6 +53,7 @@ __all__ = [
     "Row",
     "Score",
     "Shapes",
+    "ShapesVideo",
     "compare_folder",
     "pool",
     "read_jsonl",

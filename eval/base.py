@@ -222,10 +222,12 @@ class Benchmark(ABC):
     Attributes:
         name: Name of the benchmark, equal to its file's.
         version: Changes whenever equal pictures could get other numbers.
+        is_video: Whether it judges videos.
     """
 
     name: ClassVar[str]
     version: ClassVar[str]
+    is_video: ClassVar[bool] = False
 
     @abstractmethod
     def cases(self) -> list[Case]:

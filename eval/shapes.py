@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from diffalign.eval.base import Benchmark, Case, Report, Row, Score, unique_rows
 from diffalign.eval.statistics import RESAMPLES, bootstrap_mean, bootstrap_mean_of_tasks, mean_of_tasks
 from diffalign.shapes.judge import MAX_COLOR_DISTANCE, MIN_AREA, MIN_CONTRAST, MIN_OVERLAP, Verdict, judge
-from diffalign.shapes.scenes import IMAGE_SIZE, TASKS, Prompt, Split, parse_prompt, prompts
+from diffalign.shapes.scenes import IMAGE_SIZE, TASKS, Split, parse_prompt, prompts
 
 __all__ = ["Shapes", "to_judge_pixels"]
 
@@ -43,6 +43,7 @@ class Shapes(Benchmark):
 
     name = "shapes"
     version = "1"
+    tasks: tuple[str, ...] = TASKS
 
     def __init__(
         self, num_prompts: int | None = None, samples: int = 1, seed: int = 0, split: Split = "held_out"
@@ -51,7 +52,15 @@ class Shapes(Benchmark):
             if value is not None and value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
         self.samples, self.seed, self.split = samples, seed, split
-        self.prompts = _spread(prompts(split), num_prompts)
+        self.prompts = _spread(self._prompts(split), num_prompts, self.tasks)
+
+    def _prompts(self, split: Split) -> Sequence[Any]:
+        """The world's prompts, each with `text` and `task`."""
+        return prompts(split)
+
+    def protocol(self) -> dict[str, Any]:
+        """What a verdict depends on besides the picture."""
+        return protocol()
 
     def cases(self) -> list[Case]:
         """All prompts with their first sample, then all with the second, and so on."""
@@ -104,7 +113,7 @@ class Shapes(Benchmark):
         return Report(
             benchmark=self.name,
             benchmark_version=self.version,
-            protocol=protocol() | {"split": self.split, "num_prompts": len(self.prompts)},
+            protocol=self.protocol() | {"split": self.split, "num_prompts": len(self.prompts)},
             scores={"judge_score": _judge_score(present, missing, set(expected))},
             groups=groups,
             n_expected=total,
@@ -154,17 +163,17 @@ def to_judge_pixels(images: Tensor) -> NDArray[np.uint8]:
     return np.asarray(array, dtype=np.uint8)
 
 
-def _spread(all_prompts: Sequence[Prompt], amount: int | None) -> list[tuple[int, Prompt]]:
+def _spread(all_prompts: Sequence[Any], amount: int | None, tasks: Sequence[str]) -> list[tuple[int, Any]]:
     """`amount` numbered prompts, task by task: an equal share of every task, evenly spaced inside it."""
     numbered = list(enumerate(all_prompts))
-    by_task = {task: [item for item in numbered if item[1].task == task] for task in TASKS}
+    by_task = {task: [item for item in numbered if item[1].task == task] for task in tasks}
     amount = len(numbered) if amount is None else min(amount, len(numbered))
-    shares = dict.fromkeys(TASKS, 0)
+    shares = dict.fromkeys(tasks, 0)
     while sum(shares.values()) < amount:
-        for task in TASKS:
+        for task in tasks:
             if shares[task] < len(by_task[task]) and sum(shares.values()) < amount:
                 shares[task] += 1
-    chosen: list[tuple[int, Prompt]] = []
+    chosen: list[tuple[int, Any]] = []
     for task, share in shares.items():
         items = by_task[task]
         chosen += [items[(2 * k + 1) * len(items) // (2 * share)] for k in range(share)]

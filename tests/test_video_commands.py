@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign import commands, configured
+from diffalign import commands, configured, plugins
 from diffalign.backbones import ModelSource
 from diffalign.config import ConfigError, load_config
 from diffalign.data import DataConfig, EncodedPairs
 from diffalign.generation import Request, SamplingConfig, generate
-from diffalign.media_checks import check_draws_images, check_media_settings, check_scorers
+from diffalign.media_checks import check_judges, check_media_settings, check_scorers
 from diffalign.predictions import Prediction
 from diffalign.reward_models import RewardInfo, RewardModel, reward_model_info
 from diffalign.videos import read_frames
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_before_weights_load(model: Path, clips: Pa
         commands.train(str(config))
     with pytest.raises(ValueError, match="scores images, and AnimateDiffPipeline draws videos; take a reward"):
         commands.pairs(str(config))
-    with pytest.raises(ValueError, match="compares images so far, and AnimateDiffPipeline draws videos"):
+    with pytest.raises(ValueError, match=r"scores images, and AnimateDiffPipeline draws videos"):
         commands.evaluate(str(config))
     with pytest.raises(ValueError, match="is of clips, and the model draws images"):
         commands.train(
@@ -234,7 +234,7 @@ def test_scorers_are_of_what_the_model_draws() -> None:
     for source, infos in ((WAN, [videos, images]), (IMAGES, [videos])):
         with pytest.raises(ValueError, match=r"scores (image|video)s, and \w+ draws (image|video)s"):
             check_scorers(source, infos)
-    check_draws_images(IMAGES, "evaluate")
+    check_judges(IMAGES, [], plugins.find("eval", "shapes"))
 
 
 def test_requests_are_of_what_the_model_draws(tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -10,19 +10,25 @@ if TYPE_CHECKING:
     from diffalign.trainers.d3po import D3PO
     from diffalign.trainers.diffusion_dpo import DiffusionDPO
     from diffalign.trainers.flow_dpo import FlowDPO
+    from diffalign.trainers.flow_rwr import FlowRWR
     from diffalign.trainers.inpo import InPO
     from diffalign.trainers.npo import NPO
+    from diffalign.trainers.seppo import SePPO
+    from diffalign.trainers.sft import SFT
 
-__all__ = ["D3PO", "NPO", "DiffusionDPO", "FlowDPO", "InPO", "LossOutput", "PairTrainer"]
+__all__ = ["D3PO", "NPO", "DiffusionDPO", "FlowDPO", "FlowRWR", "InPO", "LossOutput", "PairTrainer", "SFT", "SePPO"]
 
 _HOMES = {
     "D3PO": "d3po",
     "DiffusionDPO": "diffusion_dpo",
     "FlowDPO": "flow_dpo",
+    "FlowRWR": "flow_rwr",
     "InPO": "inpo",
     "LossOutput": "base",
     "NPO": "npo",
     "PairTrainer": "base",
+    "SFT": "sft",
+    "SePPO": "seppo",
 }
 
 

@@ -15,6 +15,7 @@ released models came from the form above.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,10 +23,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from diffalign.batches import NoisyStates, PairBatch
+from diffalign.batches import Conditioning, NoisyStates, PairBatch
 from diffalign.losses import BetaConvention, LossType, convert_beta, ipo_raw_loss, margin_loss, per_sample_error
 from diffalign.policy import Policy
 from diffalign.predictions import Prediction
+from diffalign.randomness import Draw
 from diffalign.references import References
 from diffalign.timesteps import TimestepLaw, draw_timesteps, effective_schedule
 
@@ -106,6 +108,8 @@ class Trainer:
     predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V, Prediction.VELOCITY})
     learns_from: ClassVar[Data] = "pairs"
     """What `diffalign train` feeds it."""
+    trains_negative: ClassVar[bool] = False
+    """Whether the result is a negative model, for the unconditional branch of guidance."""
 
     def __init__(self, policy: Policy, config: TrainerConfig | None = None, **options: Any) -> None:
         self.config: Any = config if config is not None else self.Config(**options)
@@ -154,9 +158,47 @@ class Trainer:
         """
         self.references.begin(folder)
 
+    def noised(self, latents: Tensor, conditioning: Conditioning, draws: Sequence[Draw]) -> NoisyStates:
+        """Latents at the timesteps and with the noise of their draws.
+
+        Args:
+            latents: One or several whole batches of B stacked, [K * B, C, ...]; they share timesteps and noise.
+            conditioning: B rows.
+            draws: B entries.
+        """
+        times = len(latents) // len(draws)
+        timesteps = draw_timesteps(self.policy.schedule, draws, self.config.timestep_sampling)
+        timesteps = timesteps.to(latents.device).repeat(times)
+        noise = torch.stack([draw.normal("noise", latents.shape[1:]) for draw in draws])
+        noise = noise.to(latents.device, latents.dtype).repeat(times, *[1] * (latents.ndim - 1))
+        alphas, sigmas = self.schedule.scales(timesteps)
+        return NoisyStates(
+            conditioning=conditioning.repeat(times),
+            latents=latents,
+            noise=noise,
+            timesteps=timesteps,
+            noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
+            target=self.policy.prediction.target(latents, noise, alphas, sigmas),
+        )
+
+    def errors(self, states: NoisyStates) -> tuple[Tensor, Tensor]:
+        """Mean squared errors of policy (with gradient) and reference, both [N], at least float32.
+
+        The reference goes first: no adapter is switched between the policy's forward and backward, where a switch
+        would drop gradients silently, or change what gradient checkpointing computes again.
+        """
+        arguments = (states.noisy_latents, states.timesteps, states.conditioning)
+        with torch.no_grad():
+            reference_error = per_sample_error(self.reference.predict(*arguments), states.target)
+        return per_sample_error(self.policy.predict(*arguments), states.target), reference_error
+
     def loss(self, batch: PairBatch) -> LossOutput:
         """The batch's loss, with metrics."""
         raise NotImplementedError
+
+    def validate(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Metrics of a fixed batch of encoded pairs, which no optimizer step sees."""
+        return self.loss(batch).metrics
 
     def update(self, step: int) -> None:
         """Called after every optimizer step, for methods whose reference moves; the source is updated after it."""
@@ -210,31 +252,7 @@ class PairTrainer(Trainer):
 
     def noisy_states(self, batch: PairBatch) -> NoisyStates:
         """Both halves at the pair's one timestep with the pair's one noise, chosen first."""
-        latents = torch.cat([batch.chosen, batch.rejected])
-        timesteps = draw_timesteps(self.policy.schedule, batch.draws, self.config.timestep_sampling)
-        timesteps = timesteps.to(latents.device).repeat(2)
-        noise = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws])
-        noise = noise.to(latents.device, latents.dtype).repeat(2, *[1] * (latents.ndim - 1))
-        alphas, sigmas = self.schedule.scales(timesteps)
-        return NoisyStates(
-            conditioning=batch.conditioning.repeat(2),
-            latents=latents,
-            noise=noise,
-            timesteps=timesteps,
-            noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
-            target=self.policy.prediction.target(latents, noise, alphas, sigmas),
-        )
-
-    def errors(self, states: NoisyStates) -> tuple[Tensor, Tensor]:
-        """Mean squared errors of policy (with gradient) and reference, both [2B], at least float32.
-
-        The reference goes first: no adapter is switched between the policy's forward and backward, where a switch
-        would drop gradients silently, or change what gradient checkpointing computes again.
-        """
-        arguments = (states.noisy_latents, states.timesteps, states.conditioning)
-        with torch.no_grad():
-            reference_error = per_sample_error(self.reference.predict(*arguments), states.target)
-        return per_sample_error(self.policy.predict(*arguments), states.target), reference_error
+        return self.noised(torch.cat([batch.chosen, batch.rejected]), batch.conditioning, batch.draws)
 
     def log_ratio(self, error: Tensor, reference_error: Tensor) -> Tensor:
         """Estimate of log p_policy - log p_reference: [2, B], chosen first."""

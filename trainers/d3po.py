@@ -20,6 +20,7 @@ would be those of another sampler than the one that drew.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffalign.batches import PairBatch
+from diffalign.checkpoints import CheckpointFolder
 from diffalign.policy import Policy
+from diffalign.references import INITIAL
+from diffalign.rollout_source import RolloutSource
 from diffalign.rollouts import StochasticSampler, TransitionPairs
 from diffalign.schedules import expand
 from diffalign.trainers.base import Data, LossOutput, PairTrainer, PairTrainerConfig
@@ -50,6 +54,8 @@ class D3POConfig(PairTrainerConfig):
         guidance_scale: Of rollouts and training; 5 as released, 1 switches guidance off.
         num_inference_steps: Steps of a trajectory; 20 as released.
         eta: Noise of the sampler, above 0; None is 1 for chains, as released, and 0.7 for flows.
+        ref_update: What the reference is: "never" keeps what training started from, as the released code does with
+            scorers; "every_round" takes the weights at the start of each round, as the paper does with people.
     """
 
     beta: float = 0.1
@@ -60,8 +66,9 @@ class D3POConfig(PairTrainerConfig):
     clip: Literal["one_sided", "released"] = "one_sided"
     clip_range: float = Field(default=0.1, gt=0, lt=1)
     guidance_scale: float = Field(default=5.0, ge=0, allow_inf_nan=False)
-    num_inference_steps: int = Field(default=20, ge=1)
+    num_inference_steps: int = Field(default=20, ge=1, le=999)
     eta: float | None = None
+    ref_update: Literal["never", "every_round"] = "never"
 
     @field_validator("eta")
     @classmethod
@@ -90,14 +97,56 @@ class D3PO(PairTrainer):
             guidance_scale=self.config.guidance_scale,
             eta=self.config.eta,
         )
+        self._steps_per_round = 0
+        self._folder: Path | None = None
+
+    def source(self, source: Any, seed: int) -> RolloutSource:
+        """The source itself, whose rounds the reference follows if `ref_update` says so.
+
+        Args:
+            source: Of rollouts, with this trainer's `sampler`.
+            seed: Of the run.
+        """
+        rollouts: RolloutSource = source
+        self._steps_per_round = rollouts.steps_per_round
+        return rollouts
+
+    def begin(self, step: int, folder: Path) -> None:
+        """See `Trainer.begin`: brings back the reference of the round that `step` lies in.
+
+        Raises:
+            ValueError: If the reference follows rounds and nothing is known about them.
+        """
+        super().begin(step, folder)
+        self._folder = folder
+        if self.config.ref_update == "every_round":
+            if not self._steps_per_round:
+                raise ValueError("ref_update 'every_round' follows a source's rounds; fit trainer.source(source, seed)")
+            number = step // self._steps_per_round
+            self.references.use(_reference(number))
+
+    def update(self, step: int) -> None:
+        """After the last step of a round the weights become the next round's reference, if `ref_update` says so."""
+        if self.config.ref_update == "never" or step % self._steps_per_round:
+            return
+        number = step // self._steps_per_round
+        self.references.keep(_reference(number))
+        self.references.use(_reference(number))
+        # A run that is killed now goes on from its last checkpoint, whose round has another reference.
+        steps = CheckpointFolder(self._folder).steps() if self._folder is not None else []
+        needed = {done // self._steps_per_round for done in steps}
+        for old in range(1, number):
+            if old not in needed:
+                self.references.drop(_reference(old))
 
     def describe(self) -> str:
         """One line for the start of a run."""
         config = self.config
+        reference = "reference the start" if config.ref_update == "never" else "reference each round's start"
         return (
             f"D3PO: beta {config.beta:g} on mean log ratios, clip {config.clip} at {config.clip_range:g}; "
             f"{config.num_inference_steps} steps of {type(self.sampler.solver).__name__} with noise "
-            f"{self.sampler.eta:g} and guidance {config.guidance_scale:g}"
+            f"{self.sampler.eta:g} and guidance {config.guidance_scale:g}; {reference}"
         )
 
     def loss(self, batch: PairBatch) -> LossOutput:
@@ -118,7 +167,8 @@ class D3PO(PairTrainer):
         bounded = self.bounded(ratio, signs)
         losses = self._loss_of((signs * bounded).sum(0))
         loss = (batch.weight.to(losses.dtype) * losses).mean()
-        return LossOutput(loss, losses, self._logs(losses, ratio, bounded, signs, policy, reference))
+        logs = self._logs(losses, ratio, bounded, signs, policy, reference)
+        return LossOutput(loss, losses, logs | self._gradients(losses, policy, batch))
 
     def transitions(self, batch: TransitionPairs) -> tuple[Transition, Transition]:
         """Laws of both images' steps under policy, with gradient, and reference, 2B rows, chosen first.
@@ -142,6 +192,26 @@ class D3PO(PairTrainer):
         if self.config.clip == "released":
             return ratio.clamp(low, high)
         return torch.where(signs > 0, ratio.clamp(max=high), ratio.clamp(min=low))
+
+    def _gradients(self, losses: Tensor, policy: Transition, batch: TransitionPairs) -> dict[str, Tensor]:
+        """Norm of the gradient of a pair's loss in the guided outputs of its two images, by sampling step.
+
+        `grad_per_step/951` and so on, scalars. Each is S times its share of the batch, so that their means over an
+        optimizer step, which visits every pair at all S steps, are the means over its pairs. It costs no pass of the
+        network: autograd goes from the loss to the step's mean only, and a mean is affine in the output.
+        """
+        if not policy.mean.requires_grad:
+            return {}
+        (by_mean,) = torch.autograd.grad(losses.sum(), policy.mean, retain_graph=True)
+        with torch.no_grad():
+            zero = torch.zeros(len(losses), 1, dtype=by_mean.dtype, device=by_mean.device)
+            step = zero, batch.timesteps, batch.next_timesteps
+            slope = self.sampler.solver.step(zero + 1, *step).mean - self.sampler.solver.step(zero, *step).mean
+            norms = by_mean.reshape(2, len(losses), -1).square().sum((0, 2)).sqrt() * slope[:, 0].abs()
+            times = self.sampler.grid[:-1]
+            here = batch.timesteps[:, None] == times
+            shares = (norms[:, None] * here.to(norms)).mean(0) * len(times)
+        return {f"grad_per_step/{time:g}": share for time, share in zip(times.tolist(), shares, strict=True)}
 
     @torch.no_grad()
     def _logs(
@@ -172,3 +242,8 @@ class D3PO(PairTrainer):
             "ties": (signs[0] == 0).to(z).mean(),
             "kl": distance.mean(),
         }
+
+
+def _reference(number: int) -> str:
+    """Name of a round's reference."""
+    return f"round-{number:03d}" if number else INITIAL

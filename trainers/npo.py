@@ -36,6 +36,7 @@ class NPO(PairTrainer):
     """`PairTrainer` on reversed pairs; in its metrics "chosen" is what people rejected."""
 
     Config: ClassVar[type[PairTrainerConfig]] = NPOConfig
+    trains_negative: ClassVar[bool] = True
 
     def pairs(self, batch: PairBatch) -> PairBatch:
         """The batch with its halves exchanged."""

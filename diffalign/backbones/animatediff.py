@@ -48,9 +48,13 @@ class VideoUNetPolicy(UNetPolicy):
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
         super()._configure(size, num_frames)
-        self.num_frames = num_frames or 16  # the pipelines' default; no configuration names it
+        self.num_frames = num_frames or self._usual_frames()
         channels, height, width = self.latent_shape
         self.latent_shape = (channels, self.num_frames, height, width)
+
+    def _usual_frames(self) -> int:
+        """The pipelines' default; no configuration names it."""
+        return 16
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
         hidden, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
@@ -92,6 +96,10 @@ class AnimateDiffPolicy(VideoUNetPolicy):
                 f"num_frames: the motion modules know positions of {longest} frames, got {self.num_frames}; "
                 f"use at most {longest}"
             )
+
+    def _usual_frames(self) -> int:
+        """The pipeline's default, or as many as the motion modules know positions of."""
+        return min(16, int(self.denoiser.config.motion_max_seq_length))
 
     def _inject(self, settings: LoraConfig, name: str = ADAPTER) -> None:
         settings.target_modules = set(_layers(self.denoiser, settings.target_modules or ()))

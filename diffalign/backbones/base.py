@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -29,9 +29,11 @@ from torch import Tensor
 from diffalign.attention import set_attention
 from diffalign.backbones.encoders import Encoders
 from diffalign.backbones.loading import LORA_FILE, UNUSED_PARTS, LoRA, ModelSource, load_tokenizers
+from diffalign.backbones.negative import NegativeBranch
 from diffalign.backbones.options import FamilyOptions
 from diffalign.backbones.precision import halve, to_own_dtype, under_autocast
-from diffalign.backbones.trained_weights import ADAPTER, TrainedWeights
+from diffalign.backbones.reward_guidance import RewardGuidance
+from diffalign.backbones.trained_weights import ADAPTER
 from diffalign.batches import Conditioning
 from diffalign.policy import Predictor
 from diffalign.quantization import Quantization, check_quantization, quantization_config
@@ -53,7 +55,7 @@ JOINT_ATTENTION = (
 """`lora_targets` of transformers whose text has projections of its own in the image's attention (MMDiT)."""
 
 
-class PipelinePolicy(Encoders, TrainedWeights):
+class PipelinePolicy(Encoders, NegativeBranch):
     """A diffusers pipeline as a policy.
 
     The reference is the same denoiser with its adapter switched off (LoRA), or a frozen copy taken before training
@@ -76,6 +78,8 @@ class PipelinePolicy(Encoders, TrainedWeights):
     """Further attributes that hold denoisers; loaded in the same dtype, where the pipeline has them."""
     half_precision_text: ClassVar[bool] = False
     """Whether text encoders take the denoiser's dtype: for those of billions of parameters."""
+    reward_guidance: RewardGuidance | None = None
+    """What `sample` is guided by beside prompts, if anything; see `diffalign.backbones.reward_guidance`."""
     load_options: ClassVar[Mapping[str, Any]] = {}
     """Further arguments of the pipeline's `from_pretrained`."""
 
@@ -266,6 +270,7 @@ class PipelinePolicy(Encoders, TrainedWeights):
         self, module: Any, dtype: torch.dtype, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         device = noisy_latents.device
+        self.forwards += len(noisy_latents)
         return self._forward(module, noisy_latents.to(dtype), timesteps.to(device), conditioning.to(device, dtype))
 
     def frozen(self) -> Predictor:
@@ -303,7 +308,10 @@ class PipelinePolicy(Encoders, TrainedWeights):
     def sampling_settings(self, guidance_scale: float) -> dict[str, Any]:
         """See `Policy.sampling_settings`: what the pipeline is called with, but for the guidance scale itself."""
         arguments = self._sampling_arguments(guidance_scale)
-        return {name: value for name, value in arguments.items() if name != "guidance_scale"}
+        settings = {name: value for name, value in arguments.items() if name != "guidance_scale"}
+        if self.reward_guidance is not None:
+            settings["reward_guidance"] = self.reward_guidance.settings()
+        return settings
 
     @torch.no_grad()
     def sample(
@@ -314,23 +322,29 @@ class PipelinePolicy(Encoders, TrainedWeights):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         reference: bool = False,
+        negative: bool = False,
     ) -> Tensor:
         """Images [B, 3, H, W] or videos [B, T, 3, H, W] in [0, 1], float32 on the CPU; see `Policy.sample`."""
         arguments = self._sampling_arguments(self.guidance_scale if guidance_scale is None else guidance_scale)
-        return self._draw(prompts, seeds, num_inference_steps or self.num_inference_steps, reference, arguments)
+        steps = num_inference_steps or self.num_inference_steps
+        return self._draw(prompts, seeds, steps, arguments, reference=reference, negative=negative)
 
     def _draw(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
         num_inference_steps: int,
-        reference: bool,
         arguments: Mapping[str, Any],
+        *,
+        reference: bool = False,
+        negative: bool = False,
     ) -> Tensor:
         if len(prompts) != len(seeds):
             raise ValueError(f"expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds")
         self.reload_encoders()
-        with self._drawing_weights(reference), torch.autocast(self.device.type, enabled=False):
+        rows = len(prompts) if negative else None
+        guide = nullcontext() if self.reward_guidance is None else self.reward_guidance.during(self, prompts)
+        with self._drawing_weights(reference, rows), torch.autocast(self.device.type, enabled=False), guide:
             output = self.pipeline(
                 prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
@@ -342,27 +356,29 @@ class PipelinePolicy(Encoders, TrainedWeights):
         return media.float().cpu()  # type: ignore[no-any-return]
 
     @contextmanager
-    def _drawing_weights(self, reference: bool) -> Iterator[None]:
-        """Puts policy or reference into the pipeline for the block."""
+    def _drawing_weights(self, reference: bool, negative_rows: int | None = None) -> Iterator[None]:
+        """Puts policy or reference into the pipeline for the block, and the negative model beside it.
+
+        Args:
+            reference: Which of the two.
+            negative_rows: Prompts that are drawn at once, if the negative model is to be the unconditional branch.
+        """
         module = self._frozen if reference and self._frozen is not None else self.denoiser
         self._place(module)
         cast = module.register_forward_pre_hook(to_own_dtype, with_kwargs=True)
         vae, decode = self.pipeline.vae, self.pipeline.vae.decode
         vae.decode = lambda latents, *args, **kwargs: decode(latents.to(vae.dtype), *args, **kwargs)
         try:
-            if reference:
-                with self.adapter_off():
-                    yield
-            else:
+            with ExitStack() as weights:
+                if reference:
+                    weights.enter_context(self.adapter_off())
+                if negative_rows is not None:
+                    weights.enter_context(self._negative_branch(module, negative_rows))
                 yield
         finally:
             cast.remove()
             del vae.decode
             self._place(self.denoiser)
-
-    def _place(self, module: Any) -> None:
-        """Makes the pipeline draw with `module`."""
-        setattr(self.pipeline, self.part, module)
 
 
 class _Frozen:

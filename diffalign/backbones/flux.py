@@ -50,6 +50,7 @@ class FluxPolicy(PipelinePolicy):
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
     half_precision_text = True
     lora_targets = JOINT_ATTENTION
+    guides = "never"
     embedded_guidance: float
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:

@@ -28,7 +28,7 @@ from diffalign.backbones.flux import (
     tokens,
     untokens,
 )
-from diffalign.backbones.loading import LoRA
+from diffalign.backbones.loading import LoRA, ModelSource, read_index
 from diffalign.batches import Conditioning
 
 __all__ = ["Flux2KleinPolicy", "Flux2Policy"]
@@ -52,6 +52,7 @@ class Flux2Policy(PipelinePolicy):
     Options = FluxOptions
     half_precision_text = True
     lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
+    guides = "never"
     guidance_scale = 4.0
     num_inference_steps = 50
     embedded_guidance = 4.0
@@ -153,6 +154,17 @@ class Flux2KleinPolicy(Flux2Policy):
     Distilled models (`is_distilled` in `model_index.json`) ignore the guidance scale and draw in four steps; the base
     models are guided against the empty prompt.
     """
+
+    guides = "twice"
+
+    @classmethod
+    def check_negative(cls, source: ModelSource) -> None:
+        """Refuses the distilled models, which their index names; see `NegativeBranch.check_negative`."""
+        if read_index(source).get("is_distilled"):
+            raise ValueError(
+                f"{source.name}: it is distilled and draws without an unconditional branch, so a negative model has no "
+                "place in it; take the base model, or leave out the negative model"
+            )
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
         super()._configure(size, num_frames)

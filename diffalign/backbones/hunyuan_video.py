@@ -50,6 +50,7 @@ class HunyuanVideoPolicy(PipelinePolicy):
     frame_rate = 24.0
     # Single-stream blocks have no output projection; the two blocks that refine Llama's tokens are reached as well.
     lora_targets = JOINT_ATTENTION
+    guides = "never"
     guidance_scale = 6.0
     num_inference_steps = 50
     prompt_template: Mapping[str, Any] = DEFAULT_PROMPT_TEMPLATE

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from diffalign.quantization import Quantization
 
 BUILTIN = "diffalign://"
+EMBEDDED = {
+    "shapes": "assets/pipeline",
+    "shapes_flow": "assets/flow_pipeline",
+    "shapes_video": "assets/video_pipeline",
+}
+"""The pipelines that ship with the package, in the folder of `diffalign.shapes`."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """Name of a LoRA file in a run's folder, the one diffusers looks for."""
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -100,7 +106,8 @@ def inspect_model(name: str | Path, revision: str | None = None, variant: str | 
     """Finds a pipeline and reads its small configuration files; loads no weights.
 
     Args:
-        name: A folder in the diffusers layout, a Hub id, or `diffalign://shapes` for the embedded pipeline.
+        name: A folder in the diffusers layout, a Hub id, or an embedded pipeline: `diffalign://shapes` (UNet),
+            `diffalign://shapes_flow` (flow transformer) or `diffalign://shapes_video` (clips).
         revision: Branch, tag or commit on the Hub.
         variant: Weight file variant such as "fp16".
 
@@ -133,6 +140,11 @@ def read_part(source: ModelSource, part: str) -> dict[str, Any]:
     return _read_json(_local_folder(source.name), source.name, f"{part}/config.json", source.revision)
 
 
+def read_index(source: ModelSource) -> dict[str, Any]:
+    """The pipeline's own configuration, `model_index.json`."""
+    return _read_json(_local_folder(source.name), source.name, "model_index.json", source.revision)
+
+
 def _prediction(scheduler: Mapping[str, Any]) -> Prediction:
     """A scheduler's configuration names what the denoiser predicts; flow-matching ones only by their class."""
     if str(scheduler.get("_class_name", "")).startswith("FlowMatch"):
@@ -142,13 +154,13 @@ def _prediction(scheduler: Mapping[str, Any]) -> Prediction:
 
 def _local_folder(name: str) -> Path | None:
     if name.startswith(BUILTIN):
-        known = {"shapes": "assets/pipeline"}
         key = name.removeprefix(BUILTIN)
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+        if key not in EMBEDDED:
+            near = difflib.get_close_matches(key, EMBEDDED, n=1)
             hint = f"; did you mean {BUILTIN}{near[0]}?" if near else ""
-            raise ValueError(f"unknown embedded model {name!r}{hint} (available: {BUILTIN}shapes)")
-        folder = Path(str(resources.files("diffalign.shapes").joinpath(known[key])))
+            known = ", ".join(BUILTIN + name for name in EMBEDDED)
+            raise ValueError(f"unknown embedded model {name!r}{hint} (available: {known})")
+        folder = Path(str(resources.files("diffalign.shapes").joinpath(EMBEDDED[key])))
     else:
         folder = Path(name).expanduser()
         is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -132,8 +132,8 @@ class LTXPolicy(PipelinePolicy):
         }
 
     @contextmanager
-    def _drawing_weights(self, reference: bool) -> Iterator[None]:
-        with super()._drawing_weights(reference):
+    def _drawing_weights(self, reference: bool, negative_rows: int | None = None) -> Iterator[None]:
+        with super()._drawing_weights(reference, negative_rows):
             vae = self.pipeline.vae
             decode = vae.decode
 

@@ -108,14 +108,14 @@ class MochiPolicy(PipelinePolicy):
         prompts: Sequence[str],
         seeds: Sequence[int],
         num_inference_steps: int,
-        reference: bool,
         arguments: Mapping[str, Any],
+        **weights: bool,
     ) -> Tensor:
         draw, groups = super()._draw, _empty_apart(prompts)
         if len(groups) < 2 or len(prompts) != len(seeds):
-            return draw(prompts, seeds, num_inference_steps, reference, arguments)
+            return draw(prompts, seeds, num_inference_steps, arguments, **weights)
         videos = [
-            draw([prompts[i] for i in g], [seeds[i] for i in g], num_inference_steps, reference, arguments)
+            draw([prompts[i] for i in g], [seeds[i] for i in g], num_inference_steps, arguments, **weights)
             for g in groups
         ]
         return _in_order(videos, groups)

@@ -48,6 +48,7 @@ class QwenImagePolicy(PipelinePolicy):
     Options = QwenImageOptions
     half_precision_text = True
     lora_targets = JOINT_ATTENTION
+    guides = "twice"
     guidance_scale = 4.0
     num_inference_steps = 50
     max_sequence_length = 512

@@ -18,8 +18,8 @@ from diffalign.batches import Conditioning
 
 __all__ = ["StableDiffusion3Policy"]
 
-PATCH = 2
-"""Side of the patches that become tokens, in every published model."""
+T5_TOKENS = 256
+"""Tokens of T5, or zeros in their place, that the pipelines ask for; fewer where the third tokenizer reads fewer."""
 
 
 class StableDiffusion3Policy(PipelinePolicy):
@@ -40,14 +40,25 @@ class StableDiffusion3Policy(PipelinePolicy):
         side = int(self.denoiser.config.sample_size) * factor
         self.size = size or (side, side)
         self.latent_shape = (int(self.denoiser.config.in_channels), self.size[0] // factor, self.size[1] // factor)
-        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // PATCH**2)
+        patch = int(self.denoiser.config.patch_size)
+        self.schedule = self._flow_schedule(self.latent_shape[1] * self.latent_shape[2] // patch**2)
         self.max_tokens = int(self.pipeline.tokenizer_max_length)
+        third = self.pipeline.tokenizer_3
+        self._t5_tokens = T5_TOKENS if third is None else min(T5_TOKENS, int(third.model_max_length))
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._t5_tokens,
         )
         return {"hidden": hidden, "pooled": pooled}
+
+    def _sampling_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        return {**super()._sampling_arguments(guidance_scale), "max_sequence_length": self._t5_tokens}
 
     def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = module(

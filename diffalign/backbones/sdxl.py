@@ -75,9 +75,9 @@ class StableDiffusionXLPolicy(UNetPolicy):
         )
         return {"hidden": hidden, "pooled": pooled}
 
-    def encode_unconditional(self, count: int) -> Conditioning:
+    def unconditional(self, empty: Conditioning) -> Conditioning:
         """The pipeline's negative branch: zeros where it forces them, else the encoded empty prompt."""
-        tensors = super().encode_unconditional(count).tensors
+        tensors = empty.tensors
         if self.pipeline.config.force_zeros_for_empty_prompt:
             tensors = {**tensors, **{name: torch.zeros_like(tensors[name]) for name in ("hidden", "pooled")}}
         return Conditioning(tensors)
@@ -130,9 +130,9 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
             tensors["aesthetic_score"] = torch.full((len(prompts), 1), AESTHETIC_SCORE, device=self.device)
         return tensors
 
-    def encode_unconditional(self, count: int) -> Conditioning:
+    def unconditional(self, empty: Conditioning) -> Conditioning:
         """The pipeline's negative branch, which claims a low score; see `StableDiffusionXLPolicy`."""
-        tensors = dict(super().encode_unconditional(count).tensors)
+        tensors = dict(super().unconditional(empty).tensors)
         if "aesthetic_score" in tensors:
             tensors["aesthetic_score"] = torch.full_like(tensors["aesthetic_score"], NEGATIVE_AESTHETIC_SCORE)
         return Conditioning(tensors)
@@ -166,6 +166,7 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         reference: bool = False,
+        negative: bool = False,
     ) -> Tensor:
         """Refuses, see `check_sampling`."""
         self.check_sampling(self.source)
@@ -181,6 +182,7 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         reference: bool = False,
+        negative: bool = False,
     ) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32 on the CPU: noised a little and denoised by the diffusers pipeline.
 
@@ -192,6 +194,7 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
             guidance_scale: None takes the family's own.
             num_inference_steps: Of the whole path, of which `strength` is run; None takes the family's own.
             reference: Draw with the frozen reference's weights.
+            negative: Let the unconditional branch use the negative model's, see `put_negative`.
 
         Raises:
             ValueError: If the shapes do not fit, or no step would be run.
@@ -203,4 +206,4 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
             raise ValueError(f"expected a strength in (0, 1] that leaves at least one of {steps} steps, got {strength}")
         guidance = self.guidance_scale if guidance_scale is None else guidance_scale
         arguments = {"image": images, "strength": strength, "guidance_scale": guidance}
-        return self._draw(prompts, seeds, steps, reference, arguments)
+        return self._draw(prompts, seeds, steps, arguments, reference=reference, negative=negative)

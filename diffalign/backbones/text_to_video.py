@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import delete_adapter_layers
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.backbones.animatediff import VideoUNetPolicy
 from diffalign.backbones.base import ADAPTER, LORA_FILE, PipelinePolicy
 from diffalign.backbones.starting import read_lora
+from diffalign.backbones.trained_weights import two_adapters, upcast
 from diffalign.batches import Conditioning
 
 __all__ = ["TextToVideoPolicy"]
@@ -41,19 +42,23 @@ class TextToVideoPolicy(VideoUNetPolicy):
         return PipelinePolicy._lora_layers(self)  # under peft's names, which `load_trained` hands back to peft
 
     def _load_adapter(self, folder: Path) -> None:
-        """Rank, alpha and targets come from the file's metadata."""
-        path = folder / LORA_FILE
-        lora = read_lora(path)
-        tensors = {name.removeprefix(f"{self.part}."): tensor for name, tensor in load_file(path).items()}
         if self.lora is not None:
             delete_adapter_layers(self.denoiser, ADAPTER)
             del self.denoiser.peft_config[ADAPTER]
             if not self.denoiser.peft_config:
                 del self.denoiser.peft_config  # peft takes an empty one for a second adapter
-        self.lora = lora
-        self._add_adapter(lora)
-        expected = PipelinePolicy._lora_layers(self)
+        self._read_adapter(folder / LORA_FILE, self.denoiser, ADAPTER)
+        self._take_settings(self.denoiser.peft_config[ADAPTER])
+
+    def _read_adapter(self, path: Path, denoiser: Any, name: str) -> None:
+        """Rank, alpha and targets come from the file's metadata."""
+        lora = read_lora(path)
+        tensors = {key.removeprefix(f"{self.part}."): tensor for key, tensor in load_file(path).items()}
+        with two_adapters():
+            inject_adapter_in_model(self._adapter_settings(lora), denoiser, adapter_name=name)
+        expected = get_peft_model_state_dict(denoiser, adapter_name=name)
         if tensors.keys() != expected.keys():
             odd = sorted(tensors.keys() ^ expected.keys())
             raise ValueError(f"{path}: does not fit this UNet; {len(odd)} layers differ, the first is {odd[0]}")
-        set_peft_model_state_dict(self.denoiser, tensors, adapter_name=ADAPTER)
+        set_peft_model_state_dict(denoiser, tensors, adapter_name=name)
+        upcast(denoiser, name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,8 +97,7 @@ class TrainedWeights(Policy):
         self.denoiser.add_adapter(settings, adapter_name=name)
 
     def _upcast_adapter(self) -> None:
-        for parameter in self.trainable_parameters():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        upcast(self.denoiser, ADAPTER)
 
     def _initialise_adapter(self, lora: LoRA) -> None:
         """B = 0 as peft left it, and A normal with deviation 1 / rank (peft's "gaussian"), drawn from the seed.
@@ -166,7 +164,7 @@ class TrainedWeights(Policy):
     def _add_reference_adapter(self) -> None:
         """Adds the frozen second adapter, with the weights of the first."""
         settings: LoraConfig = copy.deepcopy(next(iter(self._modules().values())).peft_config[ADAPTER])
-        with _two_adapters():
+        with two_adapters():
             self._inject(settings, REFERENCE)
         named = dict(self.denoiser.named_parameters())
         for name, parameter in named.items():
@@ -205,7 +203,7 @@ class TrainedWeights(Policy):
             ValueError: If the folder holds neither a LoRA file nor the denoiser's folder.
         """
         if self._has_lora(folder):
-            with _two_adapters():
+            with two_adapters():
                 self._load_adapter(folder)
             if self._has_reference_adapter:
                 self._switch_adapter(True)
@@ -246,8 +244,18 @@ class TrainedWeights(Policy):
         """Reads a LoRA file as the trained adapter, in the place of the one that is there."""
         if self.lora is not None:
             self.denoiser.delete_adapters(ADAPTER)
-        self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=ADAPTER)
+        self._read_adapter(folder / LORA_FILE, self.denoiser, ADAPTER)
         self._take_settings(self.denoiser.peft_config[ADAPTER])
+
+    def _read_adapter(self, path: Path, denoiser: Any, name: str) -> None:
+        """Reads a LoRA file into a denoiser, the policy's or a copy of it, as the adapter of a name."""
+        self._place(denoiser)
+        try:
+            with two_adapters():
+                self.pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        finally:
+            self._place(self.denoiser)
+        upcast(denoiser, name)
 
     def _take_settings(self, config: LoraConfig) -> None:
         """Makes a loaded adapter the policy's own."""
@@ -274,13 +282,25 @@ class TrainedWeights(Policy):
         """Writes whole weights into the denoiser or its copy."""
         module.load_state_dict(states[self.part])
 
-    @abstractmethod
+    def _called(self, module: Any) -> Mapping[str, Any]:
+        """What the pipeline calls of a denoiser, by the pipeline's attributes."""
+        return {self.part: module}
+
     def _place(self, module: Any) -> None:
-        """Makes the pipeline draw with `module`."""
+        """Makes the pipeline draw with `module`, the denoiser or a copy of it."""
+        for part, called in self._called(module).items():
+            setattr(self.pipeline, part, called)
+
+
+def upcast(denoiser: Any, adapter: str) -> None:
+    """Makes an adapter at least float32, whatever the weights are that it lies on."""
+    for name, parameter in denoiser.named_parameters():
+        if f".{adapter}" in name and "lora_" in name:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 @contextmanager
-def _two_adapters() -> Iterator[None]:
+def two_adapters() -> Iterator[None]:
     """What peft warns of is meant here: two adapters, of which one is active at any time, and one that is replaced."""
     with warnings.catch_warnings():
         for message in (

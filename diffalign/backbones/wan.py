@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from diffalign.backbones.base import ADAPTER, LORA_FILE, PipelinePolicy, halve
 from diffalign.backbones.options import FlowOptions
-from diffalign.backbones.trained_weights import adapter_metadata
+from diffalign.backbones.trained_weights import two_adapters, upcast, adapter_metadata
 from diffalign.batches import Conditioning
 
 __all__ = ["WanPolicy"]
@@ -58,6 +58,7 @@ class WanPolicy(PipelinePolicy):
     is_video = True
     frame_rate = 16.0
     half_precision_text = True
+    guides = "twice"
     more_parts = ("transformer_2",)
     guidance_scale = 5.0
     num_inference_steps = 50
@@ -78,7 +79,7 @@ class WanPolicy(PipelinePolicy):
 
     def _modules(self) -> dict[str, Any]:
         """Parts of the pipeline that are trained, in the order of falling noise."""
-        return self.denoiser.parts() if isinstance(self.denoiser, Experts) else {self.part: self.denoiser}
+        return self._called(self.denoiser)
 
     def _configure(self, size: tuple[int, int] | None, num_frames: int | None) -> None:
         pipeline, config = self.pipeline, next(iter(self._modules().values())).config
@@ -135,13 +136,11 @@ class WanPolicy(PipelinePolicy):
         return arguments
 
     def _halve(self, module: Any, dtype: torch.dtype) -> None:
-        for expert in module.parts().values() if isinstance(module, Experts) else (module,):
+        for expert in self._called(module).values():
             halve(expert, dtype)  # each by itself: the pipeline calls them without going through `Experts`
 
-    def _place(self, module: Any) -> None:
-        parts = module.parts() if isinstance(module, Experts) else {self.part: module}
-        for part, expert in parts.items():
-            setattr(self.pipeline, part, expert)
+    def _called(self, module: Any) -> dict[str, Any]:
+        return module.parts() if isinstance(module, Experts) else {self.part: module}
 
     def save_trained(self, folder: Path) -> None:
         """LoRA: a file for each expert, see the class. Full: `transformer/`, `transformer_2/`."""
@@ -165,19 +164,25 @@ class WanPolicy(PipelinePolicy):
 
     def _load_adapter(self, folder: Path) -> None:
         experts = self._modules()
-        for part, expert in experts.items():
-            if self.lora is not None:
+        if self.lora is not None:
+            for expert in experts.values():
                 expert.delete_adapters(ADAPTER)
-            # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
-            state, metadata = self.pipeline.lora_state_dict(
-                folder, weight_name=self._lora_file(part), return_lora_metadata=True
-            )
-            self.pipeline.load_lora_into_transformer(state, expert, ADAPTER, self.pipeline, metadata=metadata)
+        self._read_adapter(folder / LORA_FILE, self.denoiser, ADAPTER)
         self._take_settings(next(iter(experts.values())).peft_config[ADAPTER])
 
+    def _read_adapter(self, path: Path, denoiser: Any, name: str) -> None:
+        """Of two experts, `path` is the first one's file and the second's lies beside it under its own name."""
+        experts = self._called(denoiser)
+        for part, expert in experts.items():
+            file = path.name if len(experts) == 1 else self._lora_file(part)
+            # the two halves of `load_lora_weights`, which stumbles over a pipeline that has transformer_2 alone
+            state, metadata = self.pipeline.lora_state_dict(path.parent, weight_name=file, return_lora_metadata=True)
+            with two_adapters():
+                self.pipeline.load_lora_into_transformer(state, expert, name, self.pipeline, metadata=metadata)
+        upcast(denoiser, name)
+
     def _put(self, states: Mapping[str, Mapping[str, Tensor]], module: Any) -> None:
-        parts = module.parts() if isinstance(module, Experts) else {self.part: module}
-        for part, expert in parts.items():
+        for part, expert in self._called(module).items():
             expert.load_state_dict(states[part])
 
     def _lora_file(self, part: str) -> str:

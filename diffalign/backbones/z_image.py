@@ -38,6 +38,7 @@ class ZImagePolicy(PipelinePolicy):
 
     Options = TokenOptions
     half_precision_text = True
+    guides = "conditional_first"
     guidance_scale = 5.0
     num_inference_steps = 50
     max_sequence_length = 512

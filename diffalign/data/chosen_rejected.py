@@ -1,4 +1,7 @@
-"""Rows that say which image was chosen: `prompt`, `chosen`, `rejected`, perhaps `weight` and `id`."""
+"""Rows that say which image was chosen: `prompt`, `chosen`, `rejected`, perhaps `weight`, `id` and rewards.
+
+Where only winners are wanted, `rejected` is neither needed nor read. A row of `Scored` has one image and its rewards.
+"""
 
 from __future__ import annotations
 
@@ -49,23 +52,30 @@ class ChosenRejected:
         config: Column names.
         columns: The columns that exist.
         base: Folder that file names in the image columns are relative to.
+        winners_only: Whether to leave the rejected images alone.
     """
 
     name = "chosen_rejected"
 
-    def __init__(self, config: DataConfig, columns: Sequence[str], base: Path | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, columns: Sequence[str], base: Path | None = None, *, winners_only: bool = False
+    ) -> None:
         self._base = base
         self._prompt = config.caption_column or "prompt"
-        self._images = (config.chosen_column, config.rejected_column)
+        self._images = (config.chosen_column,) if winners_only else (config.chosen_column, config.rejected_column)
         self._weight = present(columns, config.weight_column, "weight")
         self.id_column = present(columns, config.id_column, "id")
-        self.needed = tuple(c for c in (self._prompt, *self._images, config.weight_column, config.id_column) if c)
-        self.small = tuple(c for c in (self._prompt, self._weight, self.id_column) if c)
+        self._rewards = config.reward_columns
+        named = (config.weight_column, config.id_column, *self._rewards)
+        self.needed = tuple(c for c in (self._prompt, *self._images, *named) if c)
+        self.small = tuple(c for c in (self._prompt, self._weight, self.id_column, *self._rewards) if c)
         self.columns = (*self._images, *self.small)
 
     def verdict(self, row: Mapping[str, Any], number: int) -> Verdict:
-        """A row counts as unlabelled if it has no prompt; there are no ties in this format."""
-        return "keep" if isinstance(row.get(self._prompt), str) else "unlabelled"
+        """A row counts as unlabelled if it has no prompt, or no finite reward; there are no ties in this format."""
+        if not isinstance(row.get(self._prompt), str):
+            return "unlabelled"
+        return "keep" if all(_has_reward(row, number, column) for column in self._rewards) else "unlabelled"
 
     def pair_id(self, row: Mapping[str, Any], number: int) -> str:
         """The row's name."""
@@ -73,9 +83,31 @@ class ChosenRejected:
 
     def pair(self, row: Mapping[str, Any], number: int) -> Pair:
         """The pair of a kept row."""
-        chosen, rejected = (ImageSource.of(row.get(column), self._base) for column in self._images)
+        images = [ImageSource.of(row.get(column), self._base) for column in self._images]
         weight = parse_weight(row, number, self._weight)
-        return Pair(self.pair_id(row, number), row[self._prompt], chosen, rejected, weight)
+        rewards = tuple(float(row[column]) for column in self._rewards)
+        return Pair(self.pair_id(row, number), row[self._prompt], images[0], images[-1], weight, rewards)
+
+
+class Scored(ChosenRejected):
+    """Reads rows with a prompt, an image or clip, and rewards; see `ChosenRejected`, whose `chosen` is the image."""
+
+    name = "scored"
+
+    def __init__(self, config: DataConfig, columns: Sequence[str], base: Path | None = None) -> None:
+        other = "video" if "video" in columns and "image" not in columns else "image"
+        single = {"chosen_column": config.image_column or other, "reward_columns": config.reward_columns or ("reward",)}
+        super().__init__(config.model_copy(update=single), columns, base, winners_only=True)
+
+
+def _has_reward(row: Mapping[str, Any], number: int, column: str) -> bool:
+    """Whether there is a finite number; raises ValueError for what is neither a number nor an empty cell."""
+    value = row.get(column)
+    if value is None:
+        return False
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{column} of row {number} is {value!r}; expected a number, larger for what is better")
+    return math.isfinite(value)
 
 
 def present(columns: Sequence[str], configured: str | None, default: str) -> str | None:

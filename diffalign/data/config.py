@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FormatName = Literal["auto", "pickapic", "chosen_rejected", "folder"]
+FormatName = Literal["auto", "pickapic", "chosen_rejected", "folder", "scored"]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
@@ -21,11 +21,15 @@ class DataConfig(BaseModel):
         dataset_config_name: Configuration of a Hub data set that has several.
         split: Split to read.
         streaming: Read row by row without downloading the whole data set first.
-        format: What the columns mean; "auto" decides by their names.
+        format: What the columns mean; "auto" decides by their names. "scored" is for single images with rewards, and is
+            what "auto" means to methods that learn from those.
         index: Index file of `train_data_dir`, if it is not called index.jsonl or index.parquet.
         caption_column: Column of the prompts; default `caption` for Pick-a-Pic, else `prompt`.
         chosen_column: Column of the preferred images or clips.
-        rejected_column: Column of the other images or clips.
+        rejected_column: Column of the other images or clips; not needed by methods that learn from winners.
+        image_column: Column of a scored image or clip; default `image`, or `video` if there is only that.
+        reward_columns: Numbers of a row, larger is better. Of a scored image its rewards, default `reward`. Of a pair,
+            how much better the chosen image is, dimension by dimension: 0 is a tie, below 0 the rejected one is better.
         image_0_column: First image or clip of a Pick-a-Pic row.
         image_1_column: Second image or clip of a Pick-a-Pic row.
         label_column: 1 if the first one won, 0 if the second, 0.5 for a tie.
@@ -59,6 +63,8 @@ class DataConfig(BaseModel):
     caption_column: str | None = None
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
+    image_column: str | None = None
+    reward_columns: tuple[str, ...] = ()
     image_0_column: str = "jpg_0"
     image_1_column: str = "jpg_1"
     label_column: str = "label_0"

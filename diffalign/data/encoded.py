@@ -49,6 +49,7 @@ class _Store:
     files: tuple[Any, ...]
     ids: tuple[str, ...]
     weights: Tensor
+    rewards: Tensor
     places: tuple[tuple[int, int], ...]
     prompt_of: tuple[int, ...]
     prompts: tuple[str, ...]
@@ -62,6 +63,7 @@ class _Store:
         manifest = json.loads((folder / MANIFEST).read_text())
         ids, places, prompts, text_places = [], [], [], []
         weights: list[float] = []
+        rewards: list[list[float]] = []
         prompt_of_pair: list[str] = []
         files: list[Any] = []
         shards = [shard_path(folder, number) for number in range(manifest["shards"])]
@@ -74,6 +76,7 @@ class _Store:
             if number < len(shards):
                 ids += header["ids"]
                 weights += header["weights"]
+                rewards += header.get("rewards", [[]] * len(header["ids"]))
                 prompt_of_pair += header["prompts"]
                 places += [(number, row) for row in range(len(header["ids"]))]
             else:
@@ -85,6 +88,7 @@ class _Store:
             tuple(files),
             tuple(ids),
             torch.tensor(weights),
+            torch.tensor(rewards, dtype=torch.float64).reshape(len(ids), -1),
             tuple(places),
             tuple(number_of[prompt] for prompt in prompt_of_pair),
             tuple(prompts),
@@ -107,6 +111,7 @@ class EncodedPairs:
         fingerprint: The cache's key: model, preprocessing and data.
         flipped: Whether every image is also there mirrored.
         sampled: Whether the cache holds one frozen sample (`cache: sample`); its std is zero.
+        winners_only: Whether it holds the chosen images alone, which then stand for the rejected ones too.
         report: What was dropped while reading and encoding.
     """
 
@@ -116,6 +121,7 @@ class EncodedPairs:
         self.fingerprint: str = store.manifest["fingerprint"]
         self.flipped: bool = store.manifest["views"] == 2
         self.sampled: bool = store.manifest["cache"] == "sample"
+        self.winners_only: bool = store.manifest.get("members") == ["chosen"]
         self.report = ReadReport.from_json(store.manifest["report"])
 
     @staticmethod
@@ -149,8 +155,12 @@ class EncodedPairs:
         """Weights of B pairs in the loss, [B], float32."""
         return self._store.weights[[self._rows[row] for row in rows]]
 
+    def rewards(self, rows: Sequence[int]) -> Tensor:
+        """What `data.reward_columns` say of B pairs, [B, D], float64; D is 0 if nothing was said."""
+        return self._store.rewards[[self._rows[row] for row in rows]]
+
     def moments(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> tuple[Moments, Moments]:
-        """Moments of the scaled latents of B pairs, chosen and rejected, each [B, C, ...], float32.
+        """Moments of the scaled latents of B pairs, chosen and rejected, each [B, C, ...], float32; see `winners_only`.
 
         Args:
             rows: Which pairs.
@@ -171,7 +181,8 @@ class EncodedPairs:
                 return Moments(mean, torch.zeros_like(mean))
             return Moments(mean, self._store.gather(f"{side}.std", places)[each, view])
 
-        return read("chosen"), read("rejected")
+        chosen = read("chosen")
+        return chosen, chosen if self.winners_only else read("rejected")
 
     def conditioning(self, rows: Sequence[int], dropped: Sequence[bool] | None = None) -> Conditioning:
         """Embeddings of the prompts of B pairs, B rows; where `dropped`, those of the empty prompt."""

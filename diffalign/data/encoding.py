@@ -110,7 +110,7 @@ def encode_pairs(
     """
     if shard_size is None:
         shard_size = CLIP_SHARD_SIZE if policy.is_video else SHARD_SIZE
-    preparation = Preparation(config, policy)
+    preparation = Preparation(config, policy, winners_only=pairs.winners_only)
     key = {
         "version": CACHE_VERSION,
         "encoder": policy.encoder_fingerprint(),
@@ -243,6 +243,7 @@ class _Encoding:
             "number": number,
             "ids": [pair.pair_id for pair in kept],
             "weights": [pair.weight for pair in kept],
+            **({"rewards": [pair.rewards for pair in kept]} if any(pair.rewards for pair in kept) else {}),
             "prompts": [pair.prompt for pair in kept],
             "corrupt": corrupt,
             "seen": len(chunk),
@@ -256,7 +257,7 @@ class _Encoding:
     def _latents(self, images: Iterator[Tensor], kept: list[Pair]) -> dict[str, Tensor]:
         """Tensors [pairs, views, C, ...] of a shard, by name; `kept` grows while `images` is read."""
         means, stds = [], []
-        views = 2 if self.config.random_flip else 1
+        views, members = 2 if self.config.random_flip else 1, self.preparation.members
         for batch in _groups(images, self.preparation.batch_size):
             with torch.no_grad():
                 moments = self.policy.encode(to_unit_range(torch.stack(batch)))
@@ -264,7 +265,7 @@ class _Encoding:
             stds.append(moments.std.float().cpu())
         if not kept:
             return {}
-        shape = (len(kept), 2, views, *means[0].shape[1:])
+        shape = (len(kept), len(members), views, *means[0].shape[1:])
         mean, std = torch.cat(means).reshape(shape), torch.cat(stds).reshape(shape)
         for pair, *values in zip(kept, mean, std, strict=True):
             if not all(bool(v.isfinite().all()) for v in values):
@@ -273,7 +274,7 @@ class _Encoding:
                     "load it in float32 or bfloat16"
                 )
         tensors = {}
-        for member, name in enumerate(("chosen", "rejected")):
+        for member, name in enumerate(members):
             if self.config.cache == "sample":
                 noise = [Draw(0, 0, pair.pair_id).normal(f"posterior/{name}", mean.shape[3:]) for pair in kept]
                 drawn = mean[:, member] + std[:, member] * torch.stack(noise).unsqueeze(1)
@@ -297,7 +298,7 @@ class _Encoding:
             raise no_usable_pair(self.pairs.name, read)
         self._refuse_corrupt(read, finished=True)
         if not ids:
-            raise ValueError(f"no pair of {self.pairs.name} has two readable halves; see {self.folder / REPORT}")
+            raise ValueError(f"no pair of {self.pairs.name} has readable images; see {self.folder / REPORT}")
         refuse_duplicates(ids, self.pairs.name)
         return list(prompts)
 

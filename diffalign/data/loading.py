@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from diffalign.data.chosen_rejected import ChosenRejected, PairFormat
+from diffalign.data.chosen_rejected import ChosenRejected, PairFormat, Scored
 from diffalign.data.config import DataConfig
 from diffalign.data.folder import find_index, read_index
 from diffalign.data.pairs import (
@@ -33,27 +33,38 @@ READER_VERSION = 1
 _PEEK = 16
 
 
-def load_pairs(config: DataConfig) -> PairSet:
+def load_pairs(config: DataConfig, *, winners_only: bool = False) -> PairSet:
     """The configured preference pairs; no image is decoded.
 
     The labels of a whole data set are read here. Those of a stream are judged row by row, after a look at its first.
+
+    Args:
+        config: Where they are.
+        winners_only: Read the chosen images alone, for methods that learn from them. Rejected ones need not be there,
+            and are ignored where they are; each pair's `rejected` is its `chosen`. Ties have no winner and are dropped.
+            Scored images are read in this way too.
 
     Raises:
         ValueError: If the source cannot be opened, lacks columns, holds values that mean nothing, or has no usable
             pair, for example because every row is a tie.
     """
     table = _open(config, streaming=config.streaming)
-    layout = _format(config, table)
+    winners_only = winners_only or config.format == "scored"
+    layout = _format(config, table, winners_only)
     if isinstance(table, StreamTable):
         _look_at_first_rows(table, layout)
-        return StreamedPairs(table.select(layout.columns), layout, config)
-    pairs = IndexedPairs(table.select(layout.columns), layout, config)
+        return StreamedPairs(table.select(layout.columns), layout, config, winners_only)
+    pairs = IndexedPairs(table.select(layout.columns), layout, config, winners_only)
     _log.info("%s: %s", pairs.name, pairs.report.summary())
     return pairs
 
 
-def check_source(config: DataConfig) -> str:
+def check_source(config: DataConfig, *, winners_only: bool = False) -> str:
     """Looks at the columns and the first rows only, without downloading a data set.
+
+    Args:
+        config: Where the pairs are.
+        winners_only: See `load_pairs`.
 
     Returns:
         The name of the format.
@@ -62,7 +73,7 @@ def check_source(config: DataConfig) -> str:
         ValueError: As `load_pairs`, as far as the first rows show it.
     """
     table = _open(config, streaming=True)
-    layout = _format(config, table)
+    layout = _format(config, table, winners_only)
     _look_at_first_rows(table, layout)
     return layout.name
 
@@ -70,10 +81,13 @@ def check_source(config: DataConfig) -> str:
 class IndexedPairs(PairSet):
     """The usable rows of a table that can be asked for by row number."""
 
-    def __init__(self, table: DatasetTable | RowTable, layout: PairFormat, config: DataConfig) -> None:
+    def __init__(
+        self, table: DatasetTable | RowTable, layout: PairFormat, config: DataConfig, winners_only: bool
+    ) -> None:
         self._table = table
         self._format = layout
         self.name = table.name
+        self.winners_only = winners_only
         report = ReadReport()
         numbers: list[int] = []
         pair_ids: list[str] = []
@@ -96,7 +110,7 @@ class IndexedPairs(PairSet):
         if isinstance(table, RowTable):  # the index names files, whose content counts
             self.fingerprint = content_fingerprint(self)
         else:
-            self.fingerprint = _fingerprint(table.identity, layout, config)
+            self.fingerprint = _fingerprint(table.identity, layout, config, winners_only)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -118,14 +132,15 @@ class IndexedPairs(PairSet):
 class StreamedPairs(PairSet):
     """The usable rows of a stream."""
 
-    def __init__(self, table: StreamTable, layout: PairFormat, config: DataConfig) -> None:
+    def __init__(self, table: StreamTable, layout: PairFormat, config: DataConfig, winners_only: bool) -> None:
         self._table = table
         self._format = layout
         self._limit = config.max_train_samples
         self._latest: _StreamReader | None = None
         self.name = table.name
         self.size = None
-        self.fingerprint = _fingerprint(table.identity, layout, config)
+        self.winners_only = winners_only
+        self.fingerprint = _fingerprint(table.identity, layout, config, winners_only)
 
     @property
     def report(self) -> ReadReport:
@@ -183,21 +198,27 @@ def _open(config: DataConfig, *, streaming: bool) -> DatasetTable | StreamTable 
     return RowTable(str(index), "", columns, index.parent, rows)
 
 
-def _format(config: DataConfig, table: DatasetTable | StreamTable | RowTable) -> PairFormat:
+def _format(config: DataConfig, table: DatasetTable | StreamTable | RowTable, winners_only: bool) -> PairFormat:
     """The format that the config names, or the one whose columns are all there."""
     kinds: dict[str, type[ChosenRejected] | type[PickAPic]] = {"pickapic": PickAPic, "chosen_rejected": ChosenRejected}
     if config.format in ("chosen_rejected", "folder") or (config.format == "auto" and isinstance(table, RowTable)):
         kinds.pop("pickapic")
     elif config.format == "pickapic":
         kinds.pop("chosen_rejected")
-    formats = [kind(config, table.columns, table.base) for kind in kinds.values()]
+    options = ["caption_column", "chosen_column", *([] if winners_only else ["rejected_column"]), "label_column"]
+    formats: list[PairFormat]
+    if config.format == "scored":
+        formats = [Scored(config, table.columns, table.base)]
+        options = ["caption_column", "image_column", "reward_columns"]
+    else:
+        formats = [kind(config, table.columns, table.base, winners_only=winners_only) for kind in kinds.values()]
     for candidate in formats:
         if set(candidate.needed) <= set(table.columns):
             return candidate
     expected = " or ".join(f"{', '.join(f.needed)} ({f.name})" for f in formats)
     raise ValueError(
         f"{table.name} has the columns {', '.join(table.columns) or 'none'}; expected {expected}; "
-        "name yours with caption_column, chosen_column, rejected_column, label_column, ..."
+        f"name yours with {', '.join(options)}, ..."
     )
 
 
@@ -218,6 +239,7 @@ def _look_at_first_rows(table: DatasetTable | StreamTable | RowTable, layout: Pa
         raise no_usable_pair(table.name, report)
 
 
-def _fingerprint(identity: str, layout: PairFormat, config: DataConfig) -> str:
-    parts = [READER_VERSION, identity, layout.name, layout.columns, config.drop_identical, config.max_train_samples]
+def _fingerprint(identity: str, layout: PairFormat, config: DataConfig, winners_only: bool) -> str:
+    limits = [config.drop_identical, config.max_train_samples]
+    parts = [READER_VERSION, identity, layout.name, layout.columns, *limits, *(["winners"] if winners_only else [])]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -25,6 +25,7 @@ from diffalign.videos import VideoError, read_frames, require_av
 
 CLIP_VERSION = 1
 """Part of the cache's key: raise it whenever `clip_pixels` could give other numbers."""
+Member = Literal["chosen", "rejected"]
 _LOOK_AT = 4
 """Pairs that are looked at to tell images from clips; the first may be damaged."""
 
@@ -61,7 +62,7 @@ class MediaSize(Media, Protocol):
 class Decoded:
     """A pair's images, uint8 [3, H, W], or clips [T, 3, H, W]; or why there are none.
 
-    Chosen then rejected, each plain and, if wanted, mirrored.
+    Chosen then rejected, each plain and, if wanted, mirrored; of winners the chosen one alone.
     """
 
     pair: Pair
@@ -72,14 +73,21 @@ class Decoded:
 class Preparation:
     """What is done to both halves of a pair alike: frames, scale, crop, mirror image.
 
+    Args:
+        config: Size, crop, mirror images.
+        model: What it draws.
+        winners_only: Whether there are only chosen images; see `PairSet`.
+
     Attributes:
         batch_size: Images or clips per call of the autoencoder.
+        members: The halves that there are.
 
     Raises:
         ValueError: If random crops of images are wanted.
     """
 
-    def __init__(self, config: DataConfig, model: MediaSize) -> None:
+    def __init__(self, config: DataConfig, model: MediaSize, *, winners_only: bool = False) -> None:
+        self.members: tuple[Member, ...] = ("chosen",) if winners_only else ("chosen", "rejected")
         check_crop(config, model)
         self._center_crop, self._mirrored = config.center_crop, config.random_flip
         self._size = config.size or model.size
@@ -94,20 +102,20 @@ class Preparation:
             "size": list(self._size),
             "crop": "center" if self._center_crop else "one place for each pair",
             "views": 2 if self._mirrored else 1,
+            **({"members": list(self.members)} if len(self.members) == 1 else {}),
             **clips,
         }
 
     def decode(self, pair: Pair) -> Decoded:
-        """The pixels of both halves; a reason in their place if one cannot be read."""
+        """The pixels of the halves; a reason in their place if one cannot be read."""
         place = CENTRE
         if not self._center_crop:
             draw = Draw(0, 0, pair.pair_id)
             place = (draw.uniform("crop/down"), draw.uniform("crop/right"))
         images: list[Tensor] = []
-        sources: tuple[tuple[str, ImageSource], ...] = (("chosen", pair.chosen), ("rejected", pair.rejected))
-        for member, source in sources:
+        for member in self.members:
             try:
-                image = self._pixels(source, place)
+                image = self._pixels(getattr(pair, member), place)
             except CorruptImageError as error:
                 return Decoded(pair, reason=f"{member}: {error}")
             images += [image, image.flip(-1)] if self._mirrored else [image]

@@ -25,8 +25,9 @@ class Pair:
         pair_id: The pair's name in its data set; stable over runs, it seeds every random draw.
         prompt: What both were made for.
         chosen: The preferred one (x^w).
-        rejected: The other one (x^l).
+        rejected: The other one (x^l); `chosen` itself in a set of winners.
         weight: Weight in the loss, >= 0.
+        rewards: Numbers of `data.reward_columns`; those of `chosen` itself in a set of scored images.
     """
 
     pair_id: str
@@ -34,6 +35,7 @@ class Pair:
     chosen: ImageSource
     rejected: ImageSource
     weight: float = 1.0
+    rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,13 @@ class PairSet(ABC):
         name: For messages: the data set or folder.
         fingerprint: A hash that changes whenever the pairs could be others.
         size: Number of pairs, None where it is not known before the end.
+        winners_only: Whether nothing is known of rejected images, so that each pair's `rejected` is its `chosen`.
     """
 
     name: str
     fingerprint: str
     size: int | None
+    winners_only: bool = False
 
     @abstractmethod
     def reader(self, state: State | None = None) -> PairReader:
@@ -210,7 +214,8 @@ def content_fingerprint(pairs: Iterable[Pair]) -> str:
     """A hash of names, prompts, weights and the images' own bytes; files may move without changing it."""
     total = hashlib.blake2b(digest_size=16)
     for pair in pairs:
-        entry = [pair.pair_id, pair.prompt, pair.weight, pair.chosen.digest(), pair.rejected.digest()]
+        images = [pair.chosen] if pair.rejected is pair.chosen else [pair.chosen, pair.rejected]
+        entry = [pair.pair_id, pair.prompt, pair.weight, *pair.rewards, *(image.digest() for image in images)]
         total.update(json.dumps(entry).encode() + b"\n")
     return total.hexdigest()
 

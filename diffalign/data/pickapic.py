@@ -27,8 +27,11 @@ class PickAPic:
 
     name = "pickapic"
 
-    def __init__(self, config: DataConfig, columns: Sequence[str], base: Path | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, columns: Sequence[str], base: Path | None = None, *, winners_only: bool = False
+    ) -> None:
         self._base = base
+        self._winners_only = winners_only
         self._caption = config.caption_column or "caption"
         self._images = (config.image_0_column, config.image_1_column)
         self._label = config.label_column
@@ -63,7 +66,7 @@ class PickAPic:
 
     def pair(self, row: Mapping[str, Any], number: int) -> Pair:
         """The pair of a kept row, the preferred image first."""
-        first, second = (ImageSource.of(row[column], self._base) for column in self._images)
-        chosen, rejected = (first, second) if row[self._label] == 1 else (second, first)
+        names = self._images if row[self._label] == 1 else self._images[::-1]
+        images = [ImageSource.of(row[column], self._base) for column in (names[:1] if self._winners_only else names)]
         weight = parse_weight(row, number, self._weight)
-        return Pair(self.pair_id(row, number), row[self._caption], chosen, rejected, weight)
+        return Pair(self.pair_id(row, number), row[self._caption], images[0], images[-1], weight)

@@ -78,6 +78,8 @@ class PairSource:
     def batch(self, step: int, micro_step: int) -> PairBatch:
         """This process's batch of one micro step, `batch_size` pairs on the CPU, latents float32.
 
+        Of data with winners only, `rejected` is `chosen`.
+
         Args:
             step: Optimizer step, from 0.
             micro_step: 0 to `gradient_accumulation_steps - 1`.
@@ -142,11 +144,13 @@ class PairSource:
         mirrored = [draw.uniform("flip") < 0.5 for draw in draws] if flip else None
         dropout = self._caption_dropout if training else 0.0
         dropped = [dropout > 0.0 and draw.uniform("caption") < dropout for draw in draws]
-        chosen, rejected = self.encoded.moments(rows, mirrored)
+        moments = self.encoded.moments(rows, mirrored)
+        chosen = self._latents(moments[0], draws, "posterior/chosen")
+        winners = self.encoded.winners_only
         batch = PairBatch(
             conditioning=self.encoded.conditioning(rows, dropped),
-            chosen=self._latents(chosen, draws, "posterior/chosen"),
-            rejected=self._latents(rejected, draws, "posterior/rejected"),
+            chosen=chosen,
+            rejected=chosen if winners else self._latents(moments[1], draws, "posterior/rejected"),
             weight=self.encoded.weights(rows),
             draws=draws,
         )

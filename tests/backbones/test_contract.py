@@ -156,6 +156,13 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
     guidance = family.guidance_on if guided else family.guidance_off
     assert guidance is not None
     pipeline = tiny.pipeline()
+    seen = record_steps(family, pipeline)
+    tiny.draw(pipeline, guidance)
+    check_steps(tiny, pipeline.scheduler, seen, policy, policy if guided else None)
+
+
+def record_steps(family: Family, pipeline: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(output after guidance, timestep, sample as the denoiser reads it) of every step of the pipeline to come."""
     scheduler, seen = pipeline.scheduler, []
     step = scheduler.step
 
@@ -165,7 +172,12 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
         return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = recording
-    tiny.draw(pipeline, guidance)
+    return seen
+
+
+def check_steps(tiny: Tiny, scheduler: Any, seen: Sequence[Any], policy: Any, negative: Any | None) -> None:
+    """Every step's output is the policy's prediction, guided away from the one of `negative` for the empty prompt."""
+    family, guidance = tiny.family, tiny.family.guidance_on
     assert len(seen) >= STEPS
     conditional = policy.encode_prompts(PROMPTS)
     unconditional = policy.encode_unconditional(len(PROMPTS))
@@ -177,8 +189,9 @@ def test_predict_is_the_pipelines_own_loop(tiny: Tiny, guided: bool) -> None:
         assert float(sigmas[0]) == pytest.approx(family.noise_level(scheduler, timestep), abs=1e-5)
         with torch.no_grad():
             ours = policy.predict(noisy, timesteps, conditional)
-            if guided:
-                ours = family.guide(ours, policy.predict(noisy, timesteps, unconditional), guidance)
+            if negative is not None:
+                assert guidance is not None
+                ours = family.guide(ours, negative.predict(noisy, timesteps, unconditional), guidance)
         ours = policy.prediction.convert(ours.double(), Prediction.VELOCITY, noisy.double(), alphas, sigmas).float()
         scale = max(1.0, float(theirs.abs().max()))
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=family.tolerance)
@@ -196,6 +209,39 @@ def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> No
     torch.testing.assert_close(alone[0], drawn[1], rtol=0, atol=1e-4)
     other = tiny.sample(tiny.base, PROMPTS[1:], [2], guidance_scale=guidance, num_inference_steps=STEPS)
     assert not torch.allclose(other[0], drawn[1], atol=1e-4)
+
+
+def test_a_negative_model_is_the_unconditional_branch(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check 7.5.2: the same weights change nothing, others take the empty prompt's part alone, and none at scale 1."""
+    family, policy, guidance = tiny.family, tiny.load(), tiny.family.guidance_on
+    other = tiny.load(lora=LoRA(rank=2), train=True)
+    move_away(other)
+    other.save_trained(tmp_path)
+    if guidance is None:
+        with pytest.raises(ValueError, match="draws without an unconditional branch"):
+            policy.put_negative(tmp_path)
+        return
+
+    def sample(scale: float, **options: Any) -> Tensor:
+        return tiny.sample(policy, PROMPTS, [0, 1], guidance_scale=scale, num_inference_steps=STEPS, **options)
+
+    usual = sample(guidance)
+    policy.put_negative(tmp_path, scale=0.0)
+    torch.testing.assert_close(sample(guidance, negative=True), usual, rtol=0, atol=1e-4)
+    policy.put_negative(tmp_path)
+    scheduler = policy.pipeline.scheduler
+    seen, step = record_steps(family, policy.pipeline), scheduler.step
+    changed = sample(guidance, negative=True)
+    assert step is scheduler.step
+    del scheduler.step
+    check_steps(tiny, scheduler, seen, tiny.base, tiny.load(adapter=tmp_path))
+    assert not torch.allclose(changed, usual, atol=1e-4)
+    assert torch.equal(sample(guidance), usual)  # nothing of it is left behind
+    assert not caplog.messages
+    assert torch.equal(sample(family.guidance_off, negative=True), sample(family.guidance_off))
+    assert "guidance is off: the negative model was not asked" in caplog.text
 
 
 def test_decoding_undoes_the_scaling_of_encoding(tiny: Tiny) -> None:

@@ -44,7 +44,7 @@ def test_a_loss_that_is_no_number_stops_names_the_pair_and_can_be_replayed(start
     fresh, _, _ = start("fresh")
     again = loop.replay(path, fresh)
     saved = torch.load(path, weights_only=True)
-    assert [draw[2] for draw in saved["draws"]][1] == spoilt[0]
+    assert PairBatch.from_state(saved["batch"]).draws[1].pair_id == spoilt[0]
     assert torch.equal(again.losses.isnan(), torch.tensor([False, True]))
     torch.testing.assert_close(again.losses, saved["losses"], rtol=0, atol=0, equal_nan=True)
     state = load(folder / "checkpoint-2", {"training": config.model_dump(mode="json")})

@@ -124,7 +124,7 @@ def test_golden_ratio_and_logs() -> None:
     assert float(policy.log_prob(NEXT)[0].detach()) == pytest.approx(-0.100516, abs=1e-6)
     assert float(reference.log_prob(NEXT)[0]) == pytest.approx(-0.080170, abs=1e-6)
     output = trainer.loss(batch)
-    metrics = {name: float(value) for name, value in output.metrics.items()}
+    metrics = {name: float(value) for name, value in output.metrics.items() if not name.startswith("grad_per_step")}
     z = 0.1 * math.log(0.979860)
     distance = float((MEAN - REFERENCE_MEAN).square().mean()) / (2 * STD**2)
     expected = {
@@ -180,6 +180,10 @@ def test_start_and_slopes(step: tuple[int, int], preference: float) -> None:
     density = slope(step) / std / 3
     found = gradient(trainer, batch)
     expected = -0.1 / 2 * preference * density
+    logged = {name: float(value) for name, value in output.metrics.items() if name.startswith("grad_per_step/")}
+    assert list(logged) == [f"grad_per_step/{time}" for time in trainer.sampler.grid[:-1].tolist()]
+    assert logged.pop(f"grad_per_step/{step[0]}") == pytest.approx(20 * abs(expected) * math.sqrt(6))
+    assert set(logged.values()) == {0.0}
     assert torch.allclose(found, torch.tensor([[expected], [-expected]], dtype=torch.float64).expand(2, 3))
 
 
@@ -369,5 +373,6 @@ def test_settings_of_other_methods_are_refused(options: dict[str, Any]) -> None:
 
 def test_description_names_what_was_drawn_with() -> None:
     assert trainer_with(MEAN.repeat(2, 1), MEAN.repeat(2, 1)).describe() == (
-        "D3PO: beta 0.1 on mean log ratios, clip one_sided at 0.1; 20 steps of DDIM with noise 1 and guidance 1"
+        "D3PO: beta 0.1 on mean log ratios, clip one_sided at 0.1; 20 steps of DDIM with noise 1 and guidance 1; "
+        "reference the start"
     )

@@ -1,0 +1,114 @@
+"""The embedded world's video model: its UNet with motion modules, taught on clips whose motion is often wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AnimateDiffPipeline, AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffalign.backbones.sd import schedule_from_config
+from diffalign.shapes import networks
+from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, render_clip
+from diffalign.shapes.stages import Stage, generators, to_pixels
+
+WRONG_SHARE = 0.5
+"""How many of the training clips move in another way than their prompt says: what alignment is to mend."""
+CLIPS_PER_STEP = 8
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
+    """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, and the prompts."""
+    path = work / "clips.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        return state["moments"], state["texts"]
+    known = clip_prompts("train")
+    moments, texts = [], []
+    for number in tqdm(range(count), desc="encode clips", unit="clip", mininterval=5):
+        generator, _ = generators(seed, 12, number)
+        prompt = known[int(generator.integers(len(known)))]
+        wrong = generator.random() < WRONG_SHARE
+        others = [motion for motion in MOTIONS if motion != prompt.motion]
+        motion = str(generator.choice(others)) if wrong else prompt.motion
+        frames = render_clip(draw_clip(prompt, generator, motion=motion))
+        posterior = vae.encode(to_pixels(list(frames))).latent_dist
+        moments.append(torch.cat([posterior.mean, posterior.std], dim=1).transpose(0, 1))
+        texts.append(prompt.text)
+    state = {"moments": torch.stack(moments), "texts": texts}
+    torch.save(state, path)
+    return state["moments"], texts
+
+
+def extend_text_encoder(
+    text_encoder: CLIPTextModel, known: CLIPTokenizer, tokenizer: CLIPTokenizer
+) -> CLIPTextModel:  # fmt: skip
+    """The same text encoder for a tokenizer with more words; those it knew keep their vectors."""
+    extended = networks.build_text_encoder(tokenizer)
+    weights = dict(text_encoder.state_dict())
+    name = next(n for n in weights if n.endswith("token_embedding.weight"))
+    old, vocabulary = weights[name], known.get_vocab()
+    table = extended.state_dict()[name].clone()
+    for token, row in tokenizer.get_vocab().items():
+        if token in vocabulary:
+            table[row] = old[vocabulary[token]]
+    extended.load_state_dict({**weights, name: table})
+    return extended
+
+
+def train_video(
+    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, seed: int, steps: int,
+    clips: int,
+) -> AnimateDiffPipeline:  # fmt: skip
+    """Motion modules, image UNet and text encoder together, from the trained image model's weights.
+
+    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers.
+
+    Args:
+        work: Folder of the states and of the encoded clips.
+        vae: The trained autoencoder, its scaling factor set.
+        text_encoder: Of the image model.
+        unet: Of the image model.
+        seed: Of everything random.
+        steps: Training steps of `CLIPS_PER_STEP` clips.
+        clips: How many clips are encoded.
+    """
+    torch.manual_seed(seed + 4)
+    texts = [prompt.text for prompt in clip_prompts("all")]
+    tokenizer = networks.build_tokenizer(texts)
+    text_encoder = extend_text_encoder(text_encoder, networks.build_tokenizer(), tokenizer)
+    motion_unet = networks.build_motion_unet(unet, FRAMES).to(memory_format=torch.channels_last)
+    motion_unet.requires_grad_(True)
+    moments, told = encode_clips(vae, work, seed, clips)
+    mean, std = moments.chunk(2, dim=1)
+    own = networks.build_tokenizer(texts)  # padding leaves its mark on the one that is saved
+    ids, empty = (
+        own(words, padding="max_length", truncation=True, return_tensors="pt").input_ids for words in (told, [""])
+    )
+    schedule = schedule_from_config(networks.build_scheduler().config)
+    modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "unet": motion_unet}
+    stage = Stage("video", work, modules, lr=6e-4, steps=steps, ema=0.998, cooldown=0.3)
+
+    def loss_of(step: int) -> Tensor:
+        generator = generators(seed, 13, step)[1]
+        rows = torch.randint(len(told), (CLIPS_PER_STEP,), generator=generator)
+        chosen = mean[rows]
+        latents = (chosen + std[rows] * torch.randn(chosen.shape, generator=generator)) * vae.config.scaling_factor
+        noise = torch.randn(chosen.shape, generator=generator)
+        timesteps = torch.randint(1000, (CLIPS_PER_STEP,), generator=generator)
+        dropped = torch.rand(CLIPS_PER_STEP, 1, generator=generator) < 0.1
+        hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        output = motion_unet(noisy, timesteps, hidden.repeat_interleave(FRAMES, dim=0)).sample
+        errors = (output - noise).square().mean((1, 2, 3, 4))
+        alphas = schedule.alphas_cumprod[timesteps].float()
+        ratio = alphas / (1 - alphas)
+        return (errors * ratio.clamp(max=5.0) / ratio).mean()  # min-SNR weights, as the image model's
+
+    stage.run(loss_of)
+    stage.load_average()
+    return networks.build_video_pipeline(tokenizer, text_encoder, vae, motion_unet)
