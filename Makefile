@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest
 
 help:
 	@echo "make demo       align the embedded model and write runs/demo/report.html (under five minutes)"
-	@echo "make results    the same over the seeds $(SEEDS), pooled in runs/results"
+	@echo "make results    every method on the embedded models, seeds $(SEEDS), into docs/results.md; goes on where it was"
 	@echo "make test       all tests that need neither network nor accelerator"
 	@echo "make test-fast  the quick ones (under a minute)"
 	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
@@ -36,7 +36,7 @@ demo: install
 	@$(BIN)/diffalign demo
 
 results: install
-	@$(BIN)/diffalign demo --output runs/results --seeds $(SEEDS)
+	@$(BIN)/python -m benchmarks.results --seeds $(SEEDS) $(if $(CELLS),--only $(CELLS))
 
 test: install
 	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu and not network"

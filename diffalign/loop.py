@@ -344,6 +344,7 @@ class _Run:
             "ema": self._ema_state(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "warnings": self.warnings.state(),
+            "trainer": self.trainer.state(),
             "forwards": self.policy.forwards,
         }
 
@@ -429,6 +430,7 @@ class _Run:
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.warnings.restore(state["warnings"])
+            self.trainer.load_state(state["trainer"])
             self.policy.forwards = state["forwards"]
             self.step = found
             logger.info("resumed from %s", path)

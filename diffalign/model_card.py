@@ -206,6 +206,11 @@ def _summary(run: Run) -> str:
         kind = f"LoRA weights (rank {lora['rank']}, alpha {alpha:g})" if lora else "LoRA weights"
     family = f" ({run.family})" if run.family else ""
     text = f"{kind} for {_code(run.base)}{family}, aligned with preferences by the method {_code(run.method)}."
+    if run.facts.get("negative_model"):
+        text += (
+            " They are a negative model, for the unconditional branch of guidance: what they draw by themselves is "
+            "what guidance then turns away from."
+        )
     earlier = run.facts.get("started_from")
     if earlier:
         text += (
@@ -218,13 +223,18 @@ def _summary(run: Run) -> str:
 def _use(run: Run, repo_id: str | None) -> list[str]:
     place = repo_id or "path/to/this/folder"
     base = repr(run.base) if is_hub_id(run.base) else '"path/to/the/base/model"'
-    if run.base.startswith(BUILTIN):
+    negative = run.facts.get("negative_model")
+    if run.base.startswith(BUILTIN) or negative:
+        model = repr(run.base) if run.base.startswith(BUILTIN) else base
         code = "import diffalign as da\n"
         if repo_id:
             code += f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({repo_id!r})\n"
         adapter = "folder" if repo_id else repr(place)
-        code += f"\npolicy = da.load_policy({run.base!r}, adapter={adapter})\n"
-        return [_fenced(code + 'images = policy.sample(["a red cube"], seeds=[0])  # [1, 3, H, W] in [0, 1]', "python")]
+        code += f"\npolicy = da.load_policy({model}{'' if negative else f', adapter={adapter}'})\n"
+        if negative:
+            code += f"policy.put_negative({adapter})\n"
+        draw = f'policy.sample(["a red cube"], seeds=[0]{", negative=True" if negative else ""})'
+        return [_fenced(f"{code}images = {draw}  # [1, 3, H, W] in [0, 1]", "python")]
     if run.is_lora:
         code = (
             "from diffusers import DiffusionPipeline\n\n"
@@ -280,6 +290,13 @@ def _data_lines(run: Run) -> list[str]:
             f"Preference pairs: drawn with {_code(run.base)} for the prompts {_code(pairs['prompts'])}, "
             f"{pairs['num_images_per_prompt']} pictures each, best against worst by the reward model "
             f"{_code(pairs['reward_model'])}"
+        )
+    elif rollout := run.config.get("rollout"):
+        judge = "people" if rollout["labels"] == "human" else f"the reward model {_code(rollout['reward_model'])}"
+        lines.append(
+            f"Preference pairs: drawn by the model itself while it was trained, in rounds of "
+            f"{rollout['prompts_per_round']} prompts from {_code(rollout['prompts'])} with "
+            f"{rollout['num_images_per_prompt']} pictures each, ranked by {judge}"
         )
     manifests = sorted((run.folder / "cache").glob(f"{run.facts.get('cache', '*')}/{MANIFEST}"))
     if len(manifests) == 1:  # several, in a run that did not note its own: the folder does not tell which was used

@@ -34,7 +34,8 @@ from diffalign.resumable import write_atomically
 __all__ = ["KIND", "NoisyReward", "RewardCard", "check_trunk", "read_card"]
 
 KIND = "noisy_latent"
-CARD, WEIGHTS = "config.json", "model.safetensors"
+CARD, WEIGHTS = "reward.json", "model.safetensors"
+"""Not config.json, which is a checkpoint's own file: every checkpoint is a reward model that can be read."""
 FAMILIES = ("StableDiffusion3Pipeline", "SanaPipeline", "WanPipeline", "HunyuanVideoPipeline")
 """Pipelines whose samplers hold latents in the policy's own shape, and whose transformers have a `proj_out`."""
 BLOCKS = ("transformer_blocks", "blocks")
@@ -45,7 +46,7 @@ LATER_BLOCKS = "single_transformer_blocks"
 
 @dataclass(frozen=True)
 class RewardCard:
-    """What a reward model is, as its folder's `config.json` says.
+    """What a reward model is, as its folder's `reward.json` says.
 
     Attributes:
         model: Name of the model whose transformer the trunk was.
@@ -189,7 +190,7 @@ class NoisyReward(nn.Module):
         _cut(trunk, layers)
         reward = cls(policy, trunk, card).to(policy.device)
         for name, parameter in reward.head.named_parameters():
-            bound = 0.0 if name.startswith("2.") else reward.head[0].in_features ** -0.5
+            bound = 0.0 if name.startswith("2.") else int(trunk.proj_out.in_features) ** -0.5
             drawn = torch.rand(parameter.shape, generator=generator(seed, "reward head", name))
             parameter.data.copy_(bound * (2 * drawn - 1))
         reward.trunk.requires_grad_(trained)
@@ -226,7 +227,7 @@ class NoisyReward(nn.Module):
         return reward.to(policy.device).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes `config.json` and `model.safetensors`: head and trunk, so that no other file is needed to read it."""
+        """Writes `reward.json` and `model.safetensors`: head and trunk, so that no other file is needed to read it."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(folder / WEIGHTS, save(state))
@@ -241,7 +242,7 @@ class NoisyReward(nn.Module):
         finally:
             hook.remove()
         pooled = tokens[0].flatten(1, -2).mean(dim=1)
-        rewards: Tensor = self.head(pooled.to(self.head[0].weight.dtype)).float()
+        rewards: Tensor = self.head(pooled.to(next(self.head.parameters()).dtype)).float()
         return rewards
 
     def _leave_out_the_unreached(self) -> None:
@@ -249,9 +250,10 @@ class NoisyReward(nn.Module):
         policy = self.policy
         latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
         timesteps = policy.schedule.timesteps_at(torch.tensor([0.5]))
-        rewards = self(latents, timesteps, policy.encode_prompts([""]))
         parameters = list(self.trunk.parameters())
-        gradients = torch.autograd.grad(rewards.sum(), parameters, allow_unused=True)
+        with torch.enable_grad():
+            rewards = self(latents, timesteps, policy.encode_prompts([""]))
+            gradients = torch.autograd.grad(rewards.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
 

@@ -148,9 +148,7 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has one reference only")
 
-    def put_negative(
-        self, model: NegativeModel | str | Path | None, *, alpha: float = 1.0, scale: float = 1.0
-    ) -> None:
+    def put_negative(self, model: NegativeModel | str | Path | None, *, alpha: float = 1.0, scale: float = 1.0) -> None:
         """Gives the unconditional branch of guidance weights of its own, for `sample` with `negative`.
 
         They are base + alpha * (policy - base) + scale * (model - what its training started from), of the policy's

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from diffalign.backbones import ModelSource, inspect_model
-from diffalign.backbones.loading import check_options, policy_class
+from diffalign.backbones.loading import check_gradient_checkpointing, check_options, policy_class
 from diffalign.batches import PairBatch
 from diffalign.comparisons import comparison_loss
 from diffalign.config import ConfigError, RewardConfig, RunConfig, dump_config
@@ -62,6 +62,15 @@ class _Model:
         self.denoiser: Any = reward
         self.wrapped: Any = reward
 
+    @property
+    def forwards(self) -> int:
+        """Samples that went through the trunk so far."""
+        return self.reward.policy.forwards
+
+    @forwards.setter
+    def forwards(self, count: int) -> None:
+        self.reward.policy.forwards = count
+
     def named_trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.reward.named_parameters() if parameter.requires_grad]
 
@@ -97,6 +106,13 @@ class RewardTrainer:
 
     def begin(self, step: int, folder: Path) -> None:
         """Nothing to prepare."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beside the weights."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Likewise."""
 
     def update(self, step: int) -> None:
         """Nothing moves but the weights."""
@@ -164,14 +180,16 @@ def train_reward(config: RunConfig) -> tuple[Path, dict[str, dict[str, float]]]:
     training = config.training.model_copy(update={"output_dir": str(folder)})
     data = data_config(config)
     check_source(data)
-    whole = config.model_dump(mode="json")
-    check_resume(training, whole)
+    own = config.model_dump(mode="json", include={"seed", "model", "data", "reward", "training"})
+    check_resume(training, own)
     accelerator = make_accelerator(training)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("train-reward keeps the model whole on every process; use configs/accelerate/ddp.yaml")
     pairs = load_pairs(data)
     check_media(pairs, policy_class(source))
     policy: Any = load_model(config.model, source, size=picture_size(config), device=accelerator.device)
+    if config.model.gradient_checkpointing:
+        policy.denoiser.enable_gradient_checkpointing()
     cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
     encoded = encode_pairs(pairs, policy, data, cache, processes=launched())
     dimensions = data.reward_columns or ("overall",)
@@ -200,7 +218,7 @@ def train_reward(config: RunConfig) -> tuple[Path, dict[str, dict[str, float]]]:
         found = held_out_accuracy(trainer, held_out, config.seed, size, training.validation_draws)
         return {f"accuracy_{name}": sum(row.values()) / len(row) for name, row in found.items()}
 
-    fit(trainer, batches, training, settings=whole, accelerator=accelerator, validate=validate if held_out else None)
+    fit(trainer, batches, training, settings=own, accelerator=accelerator, validate=validate if held_out else None)
     found = held_out_accuracy(trainer, held_out, config.seed, size, training.validation_draws)
     if accelerator.is_main_process:
         write_atomically(folder / ACCURACY_FILE, (json.dumps(found, indent=2) + "\n").encode())
@@ -217,6 +235,8 @@ def checked_reward(config: RunConfig) -> tuple[ModelSource, RewardConfig]:
             raise ConfigError(f"model.{name}: a reward model starts from the base model's own weights; leave it out")
     source = inspect_model(model.pretrained_model_name_or_path, model.revision, model.variant)
     check_options(source, model.options)
+    if model.gradient_checkpointing:
+        check_gradient_checkpointing(source)
     check_trunk(source, settings.layers)
     check_training(config, source.prediction, settings.timestep_sampling)
     picture_size(config)
@@ -236,7 +256,9 @@ def preferences_of(pairs: EncodedPairs) -> dict[str, Tensor]:
 def held_out_accuracy(
     trainer: RewardTrainer, pairs: EncodedPairs | None, seed: int, batch_size: int, draws: int
 ) -> dict[str, dict[str, float]]:
-    """Share of the pairs whose better sample has the larger reward, by dimension and noise level; ties are left out.
+    """Share of the pairs whose better sample has the larger reward, by dimension and noise level.
+
+    Ties are left out, and dimensions in which all pairs are tied.
 
     Args:
         trainer: With the reward model.
@@ -248,12 +270,13 @@ def held_out_accuracy(
     if pairs is None or not len(pairs):
         return {}
     device = next(trainer.reward.parameters()).device
-    table: dict[str, dict[str, float]] = {name: {} for name in trainer.reward.card.dimensions}
+    table: dict[str, dict[str, float]] = {}
     for level in LEVELS:
         found = [trainer.agreement(batch.to(device), level) for batch in _fixed(pairs, seed, batch_size, draws)]
-        for i, name in enumerate(table):
+        for i, name in enumerate(trainer.reward.card.dimensions):
             right, decided = (sum(float(part[i]) for part in parts) for parts in zip(*found, strict=True))
-            table[name][f"{level:g}"] = right / decided if decided else float("nan")
+            if decided:
+                table.setdefault(name, {})[f"{level:g}"] = right / decided
     return table
 
 

@@ -15,6 +15,7 @@ from diffalign.backbones.precision import DTYPES
 from diffalign.config import ConfigError, RunConfig, trainer_settings
 from diffalign.configured import pick_device
 from diffalign.generation import IMAGE_FOLDER, VIDEO_FOLDER, NonFiniteImageError, to_png
+from diffalign.labelling_page import labelling_page
 from diffalign.processes import Processes, launched
 from diffalign.resumable import claim_folder, to_line, write_atomically
 from diffalign.rollout_checks import round_plan, steps_done
@@ -27,13 +28,15 @@ from diffalign.videos import to_mp4
 
 __all__ = ["draw_round"]
 
+PAGE = "label.html"
+
 
 def draw_round(config: RunConfig) -> str:
     """Draws the next round of a run with the weights it has now, unless that is there already.
 
-    Writes `images/<id>.png` or `videos/<id>.mp4`, the trajectories that training needs, and at the end `index.jsonl`
-    with one row for each image. A rerun goes on where a killed one was, and gives the same bytes; several processes
-    share the work.
+    Writes `images/<id>.png` or `videos/<id>.mp4`, the trajectories that training needs, and at the end `label.html` and
+    `index.jsonl` with one row for each image. A rerun goes on where a killed one was, and gives the same bytes; several
+    processes share the work.
 
     Args:
         config: A run with `rollout.labels: human`.
@@ -123,6 +126,8 @@ def _draw(config: RunConfig, sampler: StochasticSampler, root: Path, number: int
             for image in range(rollout.num_images_per_prompt):
                 own = {"id": store.image_id(group, image), "prompt_id": f"r{number}-{group:05d}", "prompt": prompt}
                 rows.append({**own, kind: name(group, image)})
+        title = f"round {number}, {weights[:8]}"
+        write_atomically(store.path / PAGE, labelling_page(title, rows).encode())
         write_atomically(store.index, "".join(map(to_line, rows)).encode())
 
     processes.on_first(index)

@@ -87,8 +87,8 @@ def read_labels(folder: RoundFolder, config: RolloutConfig) -> dict[int, Tensor]
     """
     prompts, images = config.prompts_per_round, config.num_images_per_prompt
     known = {folder.image_id(group, image): (group, image) for group in range(prompts) for image in range(images)}
-    scores: dict[_Key, list[float]] = defaultdict(list)
-    compared: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    scores: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    compared: dict[tuple[int, ...], list[float]] = defaultdict(list)
     kinds: dict[int, int] = {}  # by prompt: 2 for scores, 3 for comparisons
     for path in label_files(folder):
         own: dict[tuple[int, ...], int] = {}
@@ -98,10 +98,7 @@ def read_labels(folder: RoundFolder, config: RolloutConfig) -> dict[int, Tensor]
                 if key in own:
                     raise ValueError(f"{where} labels again what line {own[key]} did; remove one of them")
                 own[key] = number
-                if len(key) == 2:
-                    scores[key].append(value)
-                else:
-                    compared[key].append(value)
+                (scores if len(key) == 2 else compared)[key].append(value)
                 if kinds.setdefault(key[0], len(key)) != len(key):
                     raise ValueError(
                         f"{where}: the images of one prompt have both scores and comparisons, which have no mean; use "
@@ -133,8 +130,8 @@ def to_do(folder: RoundFolder, config: RolloutConfig) -> str | None:
     tables = read_labels(folder, config)
     if not any(bool(table.isfinite().any()) for table in tables.values()):
         return (
-            f"label the {config.images_per_round} images in {folder.path} (in labels.jsonl there; see "
-            "docs/human_feedback.md), then run `diffalign train` again"
+            f"label the {config.images_per_round} images in {folder.path} (open label.html there, or write "
+            "labels.jsonl; see docs/human_feedback.md), then run `diffalign train` again"
         )
     return None
 

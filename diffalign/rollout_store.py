@@ -30,6 +30,7 @@ __all__ = ["FOLDER", "RoundFolder", "drop_rounds", "fingerprint", "rounds_in_use
 FOLDER = "rollouts"
 """Where a run keeps its rounds, in its output folder."""
 _TRAJECTORIES = "trajectories"
+_FACTS = "rollout"
 _NAME = re.compile(r"^round-(\d+)$")
 
 
@@ -87,9 +88,11 @@ class RoundFolder:
             "settings": self._digest,
             "weights": weights,
             "prompt": rollouts.prompts[0],
-            "draw": json.dumps([draw.seed, draw.epoch, draw.pair_id]),
+            "draw": [draw.seed, draw.epoch, draw.pair_id],
         }
-        write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, facts))
+        # One entry: safetensors writes several in any order, and the same round should have the same bytes.
+        packed = {_FACTS: json.dumps(facts)}
+        write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, packed))
 
     def weights(self, group: int) -> str | None:
         """Fingerprint of the weights that drew a prompt's images; None if there is no file of these settings."""
@@ -113,7 +116,7 @@ class RoundFolder:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         rollouts = Rollouts(
             prompts=(facts["prompt"],),
-            draws=(Draw(*json.loads(facts["draw"])),),
+            draws=(Draw(*facts["draw"]),),
             conditioning=_named(tensors, "conditioning."),
             unconditional=_named(tensors, "unconditional."),
             path=tensors["path"],
@@ -150,12 +153,13 @@ def drop_rounds(root: Path, keep: set[int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _facts(path: Path) -> dict[str, str]:
+def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+            return facts
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); delete it") from error
 

@@ -196,6 +196,11 @@ class DeterministicSampler:
         elif isinstance(policy.schedule, DiscreteSchedule):
             self.solver = DDIM(policy.schedule, policy.prediction, eta=0.0)
 
+    @property
+    def forwards_per_sample(self) -> int:
+        """How often a sample goes through the denoiser; guidance doubles it."""
+        return (len(self.grid) - 1) * (1 if self.guidance_scale == 1 else 2)
+
     @torch.no_grad()
     def draw(
         self, predictor: Predictor, draws: Sequence[Draw], conditioning: Conditioning, unconditional: Conditioning

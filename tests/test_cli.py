@@ -57,7 +57,7 @@ def test_version() -> None:
 
 
 def test_commands_are_the_documented_ones() -> None:
-    work = {"demo", "sample", "pairs", "score", "train", "evaluate", "report", "doctor"}
+    work = {"demo", "sample", "pairs", "rollout", "score", "train", "train-reward", "evaluate", "report", "doctor"}
     assert set(cli.commands) == work | {"export", "card", "push"}
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert [name for name in cli.commands if f"diffalign {name}" not in readme] == []

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from diffalign.config import ConfigError, RunConfig, dump_config, load_config, trainer_settings
+from diffalign.rollout_checks import check_rollout
 from diffalign.trainers.diffusion_dpo import DiffusionDPO
 
 MINIMAL = "output_dir: runs/x\nmodel: {pretrained_model_name_or_path: somewhere}\n"
@@ -39,7 +40,8 @@ def test_every_packaged_config_loads_and_its_trainer_settings_are_good(name: str
     assert load_config(f"configs/{name}") == config
     trainer, settings = trainer_settings(config)
     assert isinstance(settings, trainer.Config)
-    assert config.data is not None or config.pairs is not None
+    assert config.data is not None or config.pairs is not None or config.rollout is not None
+    check_rollout(config, trainer, settings)
 
 
 def test_there_are_packaged_configs_for_the_demo_and_for_sd15() -> None:

@@ -110,6 +110,19 @@ def test_the_folder_can_be_trained_on(mined: tuple[Path, dict[str, Any]]) -> Non
     assert [pair.pair_id for pair in pairs] == [row["id"] for row in rows_of(mined[0] / "index.jsonl")]
 
 
+def test_all_scored_images_are_left_with_their_rewards(mined: tuple[Path, dict[str, Any]]) -> None:
+    """`samples.jsonl`, for methods that learn from scored images one by one."""
+    from diffalign.data import load_pairs
+
+    folder = mined[0]
+    found = load_pairs(DataConfig(train_data_dir=folder, index="samples.jsonl", format="scored", resolution=8))
+    scores = {row["id"]: row["score"] for row in rows_of(folder / "scores.jsonl")}
+    assert found.winners_only
+    assert {sample.pair_id: sample.rewards for sample in found} == {name: (score,) for name, score in scores.items()}
+    images = {row["id"]: folder / "candidates" / row["image"] for row in rows_of(folder / "candidates" / "index.jsonl")}
+    assert all(sample.chosen is sample.rejected and sample.chosen.data == images[sample.pair_id] for sample in found)
+
+
 @pytest.mark.slow
 def test_a_direction_of_smaller_is_better_swaps_the_halves(
     policy: Any, mined: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -119,6 +132,8 @@ def test_a_direction_of_smaller_is_better_swaps_the_halves(
         assert (other["chosen"], other["rejected"]) == (pair["rejected"], pair["chosen"])
         assert other["score_chosen"] == pair["score_rejected"]
         assert other["margin"] == pair["margin"]
+    samples = [rows_of(folder / "samples.jsonl") for folder in (mined[0], tmp_path / "pairs")]
+    assert [row["reward"] for row in samples[1]] == [-row["reward"] for row in samples[0]]
 
 
 def test_the_choice_does_not_depend_on_the_order_of_the_group() -> None:
@@ -156,6 +171,7 @@ def test_invalid_scores_drop_the_image_and_are_named(
     assert (summary["pairs"], summary["short_groups"], summary["ties"]) == (5, 1, 0)
     used = {Path(p[half]).stem for p in rows_of(tmp_path / "pairs/index.jsonl") for half in ("chosen", "rejected")}
     assert used.isdisjoint(refuse)
+    assert {row["id"] for row in rows_of(tmp_path / "pairs/samples.jsonl")}.isdisjoint(refuse)
     scores = {row["id"]: row["score"] for row in rows_of(tmp_path / "pairs/scores.jsonl")}
     assert [scores[name] for name in refuse] == [None] * 3
 

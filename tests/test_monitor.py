@@ -9,6 +9,7 @@ import pytest
 
 from diffalign.monitor import (
     CHOSEN_ERROR_WINDOW,
+    FLIPPED_STEPS,
     SATURATED_STEPS,
     EarlyWarnings,
     MetricsFile,
@@ -76,6 +77,16 @@ def test_counters_survive_a_checkpoint() -> None:
     got += [second.observe(step) for step in steps[70:]]
     assert got == expected
     assert sum(map(len, got)) == 2
+
+
+def test_a_flipper_that_hardly_pushes_away_any_more_warns_once() -> None:
+    alarms, again = EarlyWarnings(), EarlyWarnings()
+    for rate in [0.71] * (FLIPPED_STEPS - 1) + [0.7] + [0.71] * (FLIPPED_STEPS - 1):
+        assert alarms.observe({"aaf_rate": rate}) == []
+    again.restore(json.loads(json.dumps(alarms.state())))
+    (given,) = again.observe({"aaf_rate": 0.9})
+    assert "more than 70 % of the samples as winners for 100 steps" in given
+    assert all(again.observe({"aaf_rate": 1.0}) == [] for _ in range(2 * FLIPPED_STEPS))
 
 
 def lines(path: Path) -> list[dict[str, object]]:

@@ -79,3 +79,22 @@ def test_a_later_process_finds_the_states(tiny_pipeline: Path, tmp_path: Path, p
         found.keep(INITIAL)
     found.drop("step-90")
     assert not (tmp_path / "references" / "step-90.safetensors").exists()
+
+
+def test_a_fingerprint_is_of_the_weights(tiny_pipeline: Path, tmp_path: Path, policies: Any) -> None:
+    """The same from memory and from the file; a later state takes the earlier one's place in memory only."""
+    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
+    references = References(policy)
+    references.begin(tmp_path)
+    references.keep("first")
+    first = references.fingerprint("first")
+    policies.move_away(policy)
+    references.keep("second")
+    assert references.fingerprint("first") == first != references.fingerprint("second")
+    assert references.fingerprint(INITIAL) == INITIAL
+    references.keep("first")
+    assert references.fingerprint("first") == references.fingerprint("second")
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == [
+        "first.safetensors",
+        "second.safetensors",
+    ]

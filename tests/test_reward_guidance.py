@@ -58,11 +58,10 @@ def test_200_euler_steps_sample_the_tilted_law() -> None:
     for step in range(200):
         t = torch.full((len(x),), 1 - step / 200, dtype=torch.float64)
         velocity = exact_velocity(x, t[:, None])
-        if step == 0:  # the factor is infinite and the gradient 0: their product is A
-            velocity = velocity - W * A
-        else:
-            velocity = guided_velocity(velocity, exact_gradient(t[:, None]), t, W, **OFF)
-        x = x - velocity / 200
+        guided = guided_velocity(velocity, exact_gradient(t[:, None]), t, W, **OFF)
+        if step == 0:  # t / (1 - t) is infinite and the gradient 0: their product is A
+            guided = velocity - W * A
+        x = x - guided / 200
     assert x.mean().item() == pytest.approx(W * A, abs=4 / math.sqrt(len(x)))
     assert x.std().item() == pytest.approx(0.995, abs=0.015)
 
@@ -70,7 +69,7 @@ def test_200_euler_steps_sample_the_tilted_law() -> None:
 def test_a_step_with_guidance_raises_the_reward_and_without_is_the_base_sampler() -> None:
     """Check 7.6.6."""
     generator = torch.Generator().manual_seed(1)
-    x, velocity, gradient = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(3))
+    velocity, gradient = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
     t = torch.tensor([0.2, 0.6, 1.0], dtype=torch.float64)
     assert torch.equal(guided_velocity(velocity, gradient, t, 0.0), velocity)
     for limits in ({}, {"max_share": None}):
@@ -104,8 +103,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"model": model, "reward": root / "reward"}
 
 
-def answering(model: Path, dimensions: tuple[str, ...] = ("overall",)) -> NoisyReward:
-    reward = NoisyReward.start(load_policy(str(model)), 1, dimensions)  # type: ignore[arg-type]
+def answering(model: Path, dimensions: tuple[str, ...] = ("overall",), **size: Any) -> NoisyReward:
+    policy: Any = load_policy(str(model), **size)
+    reward = NoisyReward.start(policy, 1, dimensions)
     torch.nn.init.normal_(reward.head[2].weight, generator=torch.Generator().manual_seed(0))
     return reward
 
@@ -146,7 +146,9 @@ def check_first_step(policy: Any, guidance: RewardGuidance, **arguments: Any) ->
     torch.testing.assert_close(corrected, expected)
     assert not torch.allclose(corrected, velocity)
     assert not torch.equal(plain, guided)
-    assert torch.equal(draw(policy, RewardGuidance(guidance.reward, guidance.weights, scale=0.0), **arguments)[0], plain)
+    assert torch.equal(
+        draw(policy, RewardGuidance(guidance.reward, guidance.weights, scale=0.0), **arguments)[0], plain
+    )
     alone = policy.encode_prompts(["a star"])
     torch.testing.assert_close(guidance.gradient(latents[1:], times[1:], alone), gradient[1:], rtol=1e-3, atol=1e-6)
 
@@ -176,7 +178,7 @@ def test_other_families(
     tmp_path: Path, name: str, save: Callable[[Path], Any], size: tuple[int, int], frames: int | None
 ) -> None:
     model = save(tmp_path / "model")
-    answering(model).save_pretrained(tmp_path / "reward")
+    answering(model, size=size, num_frames=frames).save_pretrained(tmp_path / "reward")
     policy: Any = load_policy(str(model), size=size, num_frames=frames)
     guidance = load_guidance(policy, SamplingConfig(reward_guidance=str(tmp_path / "reward")))
     assert guidance is not None
@@ -238,14 +240,14 @@ def test_a_reward_model_of_other_encoders_or_another_transformer_is_refused(
     folder: dict[str, Path], tmp_path: Path
 ) -> None:
     policy: Any = load_policy(str(folder["model"]))
-    config = json.loads((folder["reward"] / "config.json").read_text())
+    config = json.loads((folder["reward"] / "reward.json").read_text())
     for key, value, message in (
         ("encoder", "another", "whose autoencoder or text encoders are not those of"),
         ("denoiser_config", {**config["denoiser_config"], "num_layers": 9}, "whose transformer has num_layers 9"),
     ):
         changed = tmp_path / key
         changed.mkdir()
-        (changed / "config.json").write_text(json.dumps({**config, key: value}))
+        (changed / "reward.json").write_text(json.dumps({**config, key: value}))
         (changed / "model.safetensors").write_bytes((folder["reward"] / "model.safetensors").read_bytes())
         with pytest.raises(ValueError, match=message):
             load_guidance(policy, SamplingConfig(reward_guidance=str(changed)))

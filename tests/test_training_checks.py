@@ -31,7 +31,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("override", "hidden", "message"),
     [
-        ("trainer={name: d3po}", (), "trainer 'd3po' learns from rollouts, which `diffalign train` does not make yet"),
+        ("trainer={name: d3po}", (), "trainer 'd3po' learns from the model's own images: config section 'rollout' is"),
         (
             "training.report_to=tensorboard",
             ("tensorboard", "tensorboardX"),

@@ -15,7 +15,7 @@ released models came from the form above.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -138,7 +138,7 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says of the method beside that line, JSON values."""
-        return {}
+        return {"negative_model": True} if self.trains_negative else {}
 
     def source(self, source: PairSource, seed: int) -> BatchSource:
         """Where batches come from: the data's own, unless the method draws something itself.
@@ -200,6 +200,16 @@ class Trainer:
         """Metrics of a fixed batch of encoded pairs, which no optimizer step sees."""
         return self.loss(batch).metrics
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the method beside the trained weights: tensors and plain values.
+
+        All processes ask for it together, as they may have to put sharded tensors together.
+        """
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `state` returned; called before `begin`, with the trained weights in place."""
+
     def update(self, step: int) -> None:
         """Called after every optimizer step, for methods whose reference moves; the source is updated after it."""
 
@@ -230,8 +240,8 @@ class PairTrainer(Trainer):
         )
 
     def facts(self) -> dict[str, Any]:
-        """Kappa."""
-        return {"kappa": self.kappa}
+        """Kappa beside the usual."""
+        return {**super().facts(), "kappa": self.kappa}
 
     # --- the five steps --------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from diffalign.batches import NoisyStates, PairBatch
 from diffalign.policy import Policy
+from diffalign.processes import launched
 from diffalign.randomness import Draw, generator
 from diffalign.reference_samples import Provenance, ReferenceSamples, SampledPairs
 from diffalign.references import INITIAL
@@ -244,7 +245,7 @@ class SePPOSource:
 
     def batch(self, step: int, micro_step: int) -> SampledPairs:
         """This process's pairs of one micro step; on the CPU."""
-        samples = self._samples_of(self.trainer.phase_of(step))
+        samples = self._samples_at(step)
         batch = self.pairs.batch(step, micro_step)
         names = [draw.pair_id for draw in batch.draws]
         pairs = replace(batch, rejected=samples.latents(names))
@@ -256,8 +257,9 @@ class SePPOSource:
         """Nothing: the next phase's samples are drawn when its first batch is asked for."""
         self.pairs.update(step)
 
-    def _samples_of(self, phase: int) -> ReferenceSamples:
+    def _samples_at(self, step: int) -> ReferenceSamples:
         trainer, config = self.trainer, self.trainer.config
+        phase = trainer.phase_of(step)
         if self._samples is not None and self._samples.provenance.phase == phase:
             return self._samples
         reference = trainer.reference_name(phase)
@@ -282,6 +284,10 @@ class SePPOSource:
         folder = trainer.folder / "samples" / f"phase-{phase:03d}-{reference}"
         self._samples = None  # nothing half drawn stays if this is interrupted
         samples = ReferenceSamples(folder, self.pairs.encoded, rows, provenance)
+        spent = trainer.policy.forwards
         samples.draw(trainer.sampler, trainer.reference)
+        # Counted at the phase's first step, drawn now or by a process that was killed; later checkpoints know of them.
+        share = len(rows) // launched().count if step == first else 0
+        trainer.policy.forwards = spent + share * trainer.sampler.forwards_per_sample
         self._samples = samples
         return samples

@@ -65,9 +65,7 @@ class NegativeBranch(TrainedWeights):
                 "a negative model has no place in it; leave out the negative model"
             )
 
-    def put_negative(
-        self, model: NegativeModel | str | Path | None, *, alpha: float = 1.0, scale: float = 1.0
-    ) -> None:
+    def put_negative(self, model: NegativeModel | str | Path | None, *, alpha: float = 1.0, scale: float = 1.0) -> None:
         """See `Policy.put_negative`."""
         self._negative = None
         if model is None:

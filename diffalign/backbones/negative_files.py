@@ -178,7 +178,7 @@ def read_weights(files: Sequence[Path], names: Sequence[str]) -> dict[str, Tenso
 
 
 def mix(base: Mapping[str, Tensor], terms: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """base + sum of weight * (state - base), name by name, float32; what is no floating point stays the base's.
+    """The base plus the sum of weight * (state - base), name by name, in float32; integers stay the base's.
 
     Args:
         base: Tensors by name.

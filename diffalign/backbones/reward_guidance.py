@@ -135,11 +135,14 @@ class RewardGuidance:
             )
             return step(corrected, timestep, sample, *args, **kwargs)
 
+        replaced = vars(scheduler).get("step")  # if somebody else stands there
         scheduler.step = guided_step
         try:
             yield
         finally:
             del scheduler.step
+            if replaced is not None:
+                scheduler.step = replaced
 
 
 def check_guidance(source: ModelSource, sampling: SamplingConfig) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from diffalign.backbones.base import ADAPTER, LORA_FILE, PipelinePolicy, halve
 from diffalign.backbones.options import FlowOptions
-from diffalign.backbones.trained_weights import two_adapters, upcast, adapter_metadata
+from diffalign.backbones.trained_weights import adapter_metadata, two_adapters, upcast
 from diffalign.batches import Conditioning
 
 __all__ = ["WanPolicy"]

@@ -88,7 +88,7 @@ class _Store:
             tuple(files),
             tuple(ids),
             torch.tensor(weights),
-            torch.tensor(rewards, dtype=torch.float64).reshape(len(ids), -1),
+            torch.tensor(rewards, dtype=torch.float64),
             tuple(places),
             tuple(number_of[prompt] for prompt in prompt_of_pair),
             tuple(prompts),

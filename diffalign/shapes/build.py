@@ -1,34 +1,39 @@
 """Rebuilds the embedded world from a seed: `python -m diffalign.shapes.build --out FOLDER`.
 
 Trainings from scratch, in this order: the autoencoder on rendered scenes, the denoiser together with its text encoder
-on the encoded scenes of the *training* prompts, well drawn and then of mixed quality, and the CLIP scorer on rendered
-pairs whose order is the renderer's truth. Every stage saves its state every few hundred steps under `FOLDER/work` and
-goes on from there when it is started again; the finished parts are exported in half precision to `FOLDER/pipeline` and
-`FOLDER/scorer`, in the layouts that diffusers and transformers publish. `FOLDER/build.json` says how long it took and
-what the models can do.
+on the encoded scenes of the *training* prompts, well drawn and then of mixed quality, the CLIP scorer on rendered
+pairs whose order is the renderer's truth, the flow transformer on the same scenes (`build_flow`), and the video model,
+which goes on from the denoiser, on clips (`build_video`). Every stage saves its state every few hundred steps under
+`FOLDER/work` and goes on from there when it is started again; the finished parts are exported in half precision to
+`FOLDER/pipeline`, `scorer`, `flow_pipeline` and `video_pipeline`, in the layouts that diffusers and transformers
+publish. `FOLDER/build.json` says how long it took and what the models can do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from diffalign.backbones import load_policy
 from diffalign.backbones.sd import schedule_from_config
 from diffalign.shapes import networks
+from diffalign.shapes.build_flow import train_flow
+from diffalign.shapes.build_video import train_video
 from diffalign.shapes.scene_batches import SceneBatches, encode_scenes
 from diffalign.shapes.scenes import degrade, draw_scene, parse_prompt, render, spoil_scene
-from diffalign.shapes.stages import TASK_WEIGHTS, PromptSampler, Stage, generators, to_pixels
+from diffalign.shapes.stages import PromptSampler, Stage, generators, to_pixels
 
 POOR_SHARE = 0.6
 """How many of the base model's later training pictures are badly drawn."""
@@ -166,14 +171,24 @@ def train_scorer(work: Path, seed: int, steps: int) -> CLIPModel:
     return scorer
 
 
-def export(out: Path, pipeline: Any, scorer: CLIPModel) -> dict[str, float]:
-    """Saves both models in half precision in their published layouts; returns their sizes in MB."""
-    pipeline.to(torch.float16)
-    pipeline.save_pretrained(out / "pipeline", safe_serialization=True)
-    scorer.to(torch.float16).save_pretrained(out / "scorer")
-    pipeline.tokenizer.save_pretrained(out / "scorer")
+def export(out: Path, parts: Mapping[str, Any], scorer: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
+    """Saves all models in half precision in their published layouts; returns their sizes in MB.
+
+    Args:
+        out: The folder.
+        parts: Name of a folder -> pipeline.
+        scorer: The scorer.
+        tokenizer: Of the scorer.
+    """
+    for name, pipeline in parts.items():
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.half()
+        pipeline.save_pretrained(out / name, safe_serialization=True)
+    scorer.half().save_pretrained(out / "scorer")
+    tokenizer.save_pretrained(out / "scorer")
     sizes = {}
-    for name in ("pipeline", "scorer"):
+    for name in (*parts, "scorer"):
         sizes[name] = sum(f.stat().st_size for f in (out / name).rglob("*") if f.is_file()) / 1e6
     return sizes
 
@@ -182,30 +197,30 @@ def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
     """What the exported models can do on held-out prompts.
 
     Args:
-        out: The folder with `pipeline` and `scorer`.
+        out: The folder with the models.
         per_task: At most so many prompts of each task; None takes all.
 
     Returns:
-        The base model's judge score with a guidance of 1, 2 and 3 (12 steps), the scorer's share of right answers on a
-        scene of the prompt against a spoilt one, and the autoencoder's mean absolute error in [0, 1].
+        The judge scores of the image models (12 steps of the UNet, 16 of the flow) and of the video model (12 steps)
+        with several guidance scales, the scorer's share of right answers on a scene of the prompt against a spoilt one,
+        and the autoencoder's mean absolute error in [0, 1].
     """
-    from diffalign.backbones import load_policy
-    from diffalign.eval import Shapes
+    from diffalign.eval import Shapes, ShapesVideo
     from diffalign.reward_models import ShapesScore
 
-    policy, scorer, benchmark = load_policy(out / "pipeline"), ShapesScore(out / "scorer"), Shapes()
-    cases = [c for task in TASK_WEIGHTS for c in [c for c in benchmark.cases() if c.task == task][:per_task]]
     found = {}
-    for guidance in (1.0, 2.0, 3.0):
-        rows = []
-        for start in tqdm(range(0, len(cases), 32), desc=f"judge, guidance {guidance:g}", unit="batch"):
-            some = cases[start : start + 32]
-            texts, seeds = [c.prompt for c in some], [c.seed for c in some]
-            images = policy.sample(texts, seeds, guidance_scale=guidance, num_inference_steps=12)
-            rows += benchmark.score(images, some)
-        found[f"judge score, guidance {guidance:g}"] = float(benchmark.aggregate(rows).scores["judge_score"].value or 0)
+    for part, steps, benchmark in (
+        ("pipeline", 12, Shapes()),
+        ("flow_pipeline", 16, Shapes()),
+        ("video_pipeline", 12, ShapesVideo()),
+    ):
+        for guidance in (1.0, 2.0, 3.0):
+            found[f"{part}: judge score, guidance {guidance:g}"] = judge_score(
+                out / part, benchmark, guidance, steps, per_task
+            )
+    policy, scorer = load_policy(out / "pipeline"), ShapesScore(out / "scorer")
     generator, _ = generators(0, 9)
-    asked = [parse_prompt(c.prompt) for c in cases]
+    asked = [parse_prompt(c.prompt) for c in _some(Shapes(), per_task)]
     drawn = [draw_scene(p, generator) for p in asked]
     spoilt = [render(spoil_scene(p, s, generator)) for p, s in zip(asked, drawn, strict=True)]
     texts, pictures = [p.text for p in asked], [render(s) for s in drawn]
@@ -215,17 +230,80 @@ def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
     return found
 
 
-def build(out: Path, seed: int = 0, vae_steps: int = 2600, denoiser_steps: int = 3340, mixed_steps: int = 3600,
-          scorer_steps: int = 1875, scenes: int = 30_000, per_task: int | None = None) -> None:  # fmt: skip
-    """Trains, exports and appraises everything; see the module's description."""
-    work = out / "work"
+def judge_score(pipeline: Path, benchmark: Any, guidance: float, steps: int, per_task: int | None = None) -> float:
+    """The judge score of a pipeline on a benchmark of the embedded world, or on some of its prompts."""
+    policy, rows, cases = load_policy(pipeline), [], _some(benchmark, per_task)
+    size = 16 if policy.is_video else 32
+    for start in tqdm(range(0, len(cases), size), desc=f"judge {pipeline.name}, {guidance:g}", unit="batch"):
+        some = cases[start : start + size]
+        texts, seeds = [c.prompt for c in some], [c.seed for c in some]
+        media = policy.sample(texts, seeds, guidance_scale=guidance, num_inference_steps=steps)
+        rows += benchmark.score(media, some)
+    return float(benchmark.aggregate(rows).scores["judge_score"].value or 0)
+
+
+def _some(benchmark: Any, per_task: int | None) -> list[Any]:
+    """At most so many cases of each task."""
+    cases = benchmark.cases()
+    return [case for task in benchmark.tasks for case in [c for c in cases if c.task == task][:per_task]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long everything is trained, and on how much.
+
+    Attributes:
+        vae: Steps of the autoencoder.
+        denoiser: Steps of the UNet on clean drawings.
+        denoiser_mixed: Steps of the UNet on mixed ones.
+        scorer: Steps of the scorer.
+        flow: Steps of the flow transformer on clean drawings.
+        flow_mixed: Steps of the flow transformer on mixed ones.
+        video: Steps of the video model, its first half.
+        video_told: Steps of its second half.
+        scenes: Scenes that are encoded.
+        clips: Clips that are encoded.
+    """
+
+    vae: int = 2600
+    denoiser: int = 3340
+    denoiser_mixed: int = 3600
+    scorer: int = 1875
+    flow: int = 3000
+    flow_mixed: int = 1800
+    video: int = 900
+    video_told: int = 450
+    scenes: int = 30_000
+    clips: int = 4000
+
+
+STAGES = ("vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "video", "video_told")
+
+
+def build(
+    out: Path, seed: int = 0, lengths: Lengths | None = None, per_task: int | None = None, *, compiled: bool = False
+) -> None:
+    """Trains, exports and appraises everything; see the module's description.
+
+    Args:
+        out: Where everything goes.
+        seed: Of everything random.
+        lengths: How long each training is.
+        per_task: See `appraise`.
+        compiled: See `train_flow`.
+    """
+    work, lengths = out / "work", lengths or Lengths()
     work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(work, seed, vae_steps)
-    pipeline = train_denoiser(work, vae, seed, denoiser_steps, mixed_steps, scenes)
-    scorer = train_scorer(work, seed, scorer_steps)
-    sizes = export(out, pipeline, scorer)
-    names = ("vae", "denoiser", "denoiser_mixed", "scorer")
-    seconds = {n: torch.load(work / f"{n}.pt", weights_only=True)["seconds"] for n in names}
+    vae = train_vae(work, seed, lengths.vae)
+    images = train_denoiser(work, vae, seed, lengths.denoiser, lengths.denoiser_mixed, lengths.scenes)
+    scorer = train_scorer(work, seed, lengths.scorer)
+    steps = (lengths.flow, lengths.flow_mixed)
+    flow = train_flow(work, vae, images.text_encoder, seed, steps, lengths.scenes, POOR_SHARE, compiled=compiled)
+    steps = (lengths.video, lengths.video_told)
+    videos = train_video(work, vae, images.text_encoder, images.unet, seed, steps, lengths.clips)
+    pipelines = {"pipeline": images, "flow_pipeline": flow, "video_pipeline": videos}
+    sizes = export(out, pipelines, scorer, images.tokenizer)
+    seconds = {name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] for name in STAGES}
     record = {"seed": seed, "seconds": seconds, "megabytes": sizes, "scores": appraise(out, per_task)}
     (out / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -235,32 +313,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the models and the training states go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stage", choices=("all", "vae", "denoiser", "scorer"), default="all")
-    parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=3340)
-    parser.add_argument("--mixed-steps", type=int, default=3600)
-    parser.add_argument("--scorer-steps", type=int, default=1875)
-    parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--compile", action="store_true", help="compile the flow transformer for its training")
+    for field in fields(Lengths):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N")
     options = parser.parse_args()
-    work = options.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    if options.stage == "vae":
-        train_vae(work, options.seed, options.vae_steps)
-    elif options.stage == "denoiser":
-        vae = train_vae(work, options.seed, options.vae_steps)
-        train_denoiser(work, vae, options.seed, options.denoiser_steps, options.mixed_steps, options.scenes)
-    elif options.stage == "scorer":
-        train_scorer(work, options.seed, options.scorer_steps)
-    else:
-        build(
-            options.out,
-            options.seed,
-            options.vae_steps,
-            options.denoiser_steps,
-            options.mixed_steps,
-            options.scorer_steps,
-            options.scenes,
-        )
+    lengths = Lengths(**{field.name: getattr(options, field.name) for field in fields(Lengths)})
+    build(options.out, options.seed, lengths, compiled=options.compile)
 
 
 if __name__ == "__main__":

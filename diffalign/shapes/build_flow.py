@@ -31,7 +31,7 @@ def embed(encoders: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_flow(
-    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, seed: int, steps: int, mixed_steps: int, scenes: int,
+    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, seed: int, steps: tuple[int, int], scenes: int,
     poor_share: float, *, compiled: bool = False,
 ) -> StableDiffusion3Pipeline:  # fmt: skip
     """Transformer and text encoders together, on clean drawings and then on drawings of mixed quality.
@@ -44,8 +44,7 @@ def train_flow(
         vae: The trained autoencoder, shared with the UNet's pipeline; this one gets factors of its own.
         text_encoder: The UNet's text encoder, whose weights the first text encoder starts from.
         seed: Of everything random.
-        steps: On clean drawings.
-        mixed_steps: On mixed drawings.
+        steps: On clean drawings, and then on mixed ones.
         scenes: How many scenes are encoded.
         poor_share: Share of poor drawings among the mixed ones.
         compiled: Compile the transformer; a third faster after a minute, with numbers that differ in the last digits.
@@ -63,7 +62,7 @@ def train_flow(
     schedule = FlowSchedule(1000, float(networks.build_flow_scheduler().config.shift))
     predict: Any = torch.compile(transformer) if compiled else transformer
     modules = {"encoders": encoders, "transformer": transformer}
-    for name, length, share, key in (("flow", steps, 0.0, 10), ("flow_mixed", mixed_steps, poor_share, 11)):
+    for name, length, share, key in (("flow", steps[0], 0.0, 10), ("flow_mixed", steps[1], poor_share, 11)):
         stage = Stage(name, work, modules, lr=1e-3, steps=length, ema=0.998, cooldown=0.25)
 
         def loss_of(step: int, share: float = share, key: int = key) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,32 +17,33 @@ from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, ren
 from diffalign.shapes.stages import Stage, generators, to_pixels
 
 WRONG_SHARE = 0.5
-"""How many of the training clips move in another way than their prompt says: what alignment is to mend."""
+"""How many of the clips move in another way than their prompt says."""
+LATER_WRONG_SHARE = 0.3
+"""How many of those that the second half of the training sees do: what is left for alignment to mend."""
 CLIPS_PER_STEP = 8
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
-    """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, and the prompts."""
-    path = work / "clips.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        return state["moments"], state["texts"]
-    known = clip_prompts("train")
-    moments, texts = [], []
+def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str], Tensor]:
+    """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, the prompts, and who moves wrongly."""
+    path, known = work / "clips.pt", clip_prompts("train")
+    stored = torch.load(path, weights_only=True)["moments"] if path.exists() else None
+    moments, texts, wrong = [], [], []
     for number in tqdm(range(count), desc="encode clips", unit="clip", mininterval=5):
         generator, _ = generators(seed, 12, number)
         prompt = known[int(generator.integers(len(known)))]
-        wrong = generator.random() < WRONG_SHARE
-        others = [motion for motion in MOTIONS if motion != prompt.motion]
-        motion = str(generator.choice(others)) if wrong else prompt.motion
-        frames = render_clip(draw_clip(prompt, generator, motion=motion))
-        posterior = vae.encode(to_pixels(list(frames))).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.std], dim=1).transpose(0, 1))
         texts.append(prompt.text)
-    state = {"moments": torch.stack(moments), "texts": texts}
-    torch.save(state, path)
-    return state["moments"], texts
+        wrong.append(bool(generator.random() < WRONG_SHARE))
+        if stored is None:
+            others = [motion for motion in MOTIONS if motion != prompt.motion]
+            motion = str(generator.choice(others)) if wrong[-1] else prompt.motion
+            frames = render_clip(draw_clip(prompt, generator, motion=motion))
+            posterior = vae.encode(to_pixels(list(frames))).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.std], dim=1).transpose(0, 1))
+    if stored is None:
+        stored = torch.stack(moments)
+        torch.save({"moments": stored}, path)
+    return stored, texts, torch.tensor(wrong)
 
 
 def extend_text_encoder(
@@ -61,12 +63,14 @@ def extend_text_encoder(
 
 
 def train_video(
-    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, seed: int, steps: int,
-    clips: int,
+    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, seed: int,
+    steps: tuple[int, int], clips: int,
 ) -> AnimateDiffPipeline:  # fmt: skip
     """Motion modules, image UNet and text encoder together, from the trained image model's weights.
 
-    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers.
+    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers. The
+    first half learns to draw clips, with the image model's loss; the second which motion is meant, on fewer wrong clips
+    and with the noisy timesteps weighted up, at which motion is decided.
 
     Args:
         work: Folder of the states and of the encoded clips.
@@ -74,7 +78,7 @@ def train_video(
         text_encoder: Of the image model.
         unet: Of the image model.
         seed: Of everything random.
-        steps: Training steps of `CLIPS_PER_STEP` clips.
+        steps: Training steps of `CLIPS_PER_STEP` clips, of both halves.
         clips: How many clips are encoded.
     """
     torch.manual_seed(seed + 4)
@@ -83,7 +87,10 @@ def train_video(
     text_encoder = extend_text_encoder(text_encoder, networks.build_tokenizer(), tokenizer)
     motion_unet = networks.build_motion_unet(unet, FRAMES).to(memory_format=torch.channels_last)
     motion_unet.requires_grad_(True)
-    moments, told = encode_clips(vae, work, seed, clips)
+    moments, told, wrong = encode_clips(vae, work, seed, clips)
+    right_rows, wrong_rows = torch.nonzero(~wrong)[:, 0], torch.nonzero(wrong)[:, 0]
+    kept = int(len(right_rows) * LATER_WRONG_SHARE / (1 - LATER_WRONG_SHARE))
+    subsets = (torch.arange(len(told)), torch.cat([right_rows, wrong_rows[:kept]]))
     mean, std = moments.chunk(2, dim=1)
     own = networks.build_tokenizer(texts)  # padding leaves its mark on the one that is saved
     ids, empty = (
@@ -91,11 +98,10 @@ def train_video(
     )
     schedule = schedule_from_config(networks.build_scheduler().config)
     modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "unet": motion_unet}
-    stage = Stage("video", work, modules, lr=6e-4, steps=steps, ema=0.998, cooldown=0.3)
 
-    def loss_of(step: int) -> Tensor:
-        generator = generators(seed, 13, step)[1]
-        rows = torch.randint(len(told), (CLIPS_PER_STEP,), generator=generator)
+    def loss_of(step: int, half: int) -> Tensor:
+        generator = generators(seed, 13 + half, step)[1]
+        rows = subsets[half][torch.randint(len(subsets[half]), (CLIPS_PER_STEP,), generator=generator)]
         chosen = mean[rows]
         latents = (chosen + std[rows] * torch.randn(chosen.shape, generator=generator)) * vae.config.scaling_factor
         noise = torch.randn(chosen.shape, generator=generator)
@@ -107,8 +113,12 @@ def train_video(
         errors = (output - noise).square().mean((1, 2, 3, 4))
         alphas = schedule.alphas_cumprod[timesteps].float()
         ratio = alphas / (1 - alphas)
-        return (errors * ratio.clamp(max=5.0) / ratio).mean()  # min-SNR weights, as the image model's
+        # Min-SNR weights, as the image model's; then those of the error of x0, as far as 20 times that of epsilon.
+        weights = ratio.clamp(max=5.0) / ratio if half == 0 else (1 / ratio).clamp(0.2, 20.0)
+        return (errors * weights).mean()
 
-    stage.run(loss_of)
+    for half, name in enumerate(("video", "video_told")):
+        stage = Stage(name, work, modules, lr=6e-4, steps=steps[half], ema=0.998 - 0.008 * half, cooldown=0.3)
+        stage.run(partial(loss_of, half=half))
     stage.load_average()
     return networks.build_video_pipeline(tokenizer, text_encoder, vae, motion_unet)

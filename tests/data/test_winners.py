@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffalign.batches import Moments
 from diffalign.data import DataConfig, PairSource, check_source, encode_pairs, load_pairs
 
 
@@ -82,7 +83,13 @@ def test_a_winner_is_encoded_once_and_the_rejected_image_never(
     config = parquet(tmp_path / "data", {**columns, "jpg_1": [b"damaged"] * 3})
     seen: list[int] = []
     encode = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda images: (seen.append(len(images)), encode(images))[1])
+
+    def counting(images: Tensor) -> Moments:
+        seen.append(len(images))
+        moments: Moments = encode(images)
+        return moments
+
+    monkeypatch.setattr(encoder, "encode", counting)
     winners = encode_pairs(load_pairs(config, winners_only=True), encoder, config, tmp_path / "cache")
     assert sum(seen) == 3
     assert winners.winners_only

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from diffalign.backbones import load_policy
 from diffalign.reward_models import ShapesScore
-from diffalign.shapes.build import NoisyBatches, build, encode_scenes
-from diffalign.shapes.networks import build_tokenizer, build_vae
+from diffalign.shapes.build import STAGES, Lengths, NoisyBatches, build
+from diffalign.shapes.networks import build_vae
+from diffalign.shapes.scene_batches import SceneBatches, encode_scenes
 from diffalign.shapes.stages import Stage
 
 
@@ -53,21 +54,27 @@ def test_batches_mix_clean_and_poor_drawings_in_the_share_that_is_asked_for(tmp_
     clean, poor = (encode_scenes(vae, tmp_path, 0, 100, poor=poor) for poor in (False, True))
     assert clean[0].shape == poor[0].shape == (100, 16, 8, 8)
     # The poor rows' prompts are replaced by the empty one, so that a batch shows which of its rows are poor.
-    batches = NoisyBatches(build_tokenizer(), clean, (poor[0], [""] * 100), scaling=1.0)
+    batches = NoisyBatches(SceneBatches(clean, (poor[0], [""] * 100), scaling=1.0))
     for share in (0.0, 0.6, 1.0):
         ids = batches.draw(torch.Generator().manual_seed(0), share, size=4000)[3]
-        empty = float((ids == batches.empty).all(1).float().mean())
+        empty = float((ids == batches.scenes.empty).all(1).float().mean())
         assert empty == pytest.approx(share + 0.1 * (1 - share), abs=0.02)  # a tenth has lost its prompt besides
 
 
 @pytest.mark.slow
-def test_the_whole_build_leaves_two_models_that_load(tmp_path: Path) -> None:
-    build(tmp_path, seed=3, vae_steps=2, denoiser_steps=2, mixed_steps=2, scorer_steps=2, scenes=500, per_task=1)
+def test_the_whole_build_leaves_models_that_load(tmp_path: Path) -> None:
+    lengths = Lengths(**dict.fromkeys(STAGES, 2), scenes=500, clips=6)
+    build(tmp_path, seed=3, lengths=lengths, per_task=1)
     record = json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))
-    assert set(record["seconds"]) == {"vae", "denoiser", "denoiser_mixed", "scorer"}
-    assert record["megabytes"]["pipeline"] < 12
-    assert set(record["scores"]) >= {"judge score, guidance 2", "scorer accuracy", "autoencoder error"}
-    policy = load_policy(tmp_path / "pipeline")
-    images = policy.sample(["a photo of a red circle"], [0], guidance_scale=2.0, num_inference_steps=2)
-    assert images.shape == (1, 3, 64, 64)
-    assert ShapesScore(tmp_path / "scorer")(images, ["a photo of a red circle"]).shape == (1,)
+    assert set(record["seconds"]) == set(STAGES)
+    assert all(size < 15 for size in record["megabytes"].values())
+    wanted = {"pipeline: judge score, guidance 2", "video_pipeline: judge score, guidance 2", "scorer accuracy"}
+    assert set(record["scores"]) >= wanted
+    prompt = "a photo of a red circle"
+    for part in ("pipeline", "flow_pipeline"):
+        images = load_policy(tmp_path / part).sample([prompt], [0], guidance_scale=2.0, num_inference_steps=2)
+        assert images.shape == (1, 3, 64, 64)
+    assert ShapesScore(tmp_path / "scorer")(images, [prompt]).shape == (1,)
+    videos = load_policy(tmp_path / "video_pipeline").sample([prompt], [0], num_inference_steps=2)
+    assert videos.shape == (1, 6, 3, 64, 64)
+    assert not [f for f in tmp_path.rglob("*config.json") if str(tmp_path) in f.read_text(encoding="utf-8")]

@@ -174,7 +174,7 @@ def test_only_flows_are_trained() -> None:
     assert "temperature 0.5" in described
 
 
-# --- from the pairs folder to trained weights --------------------------------------------------------------------------
+# --- from the pairs folder to trained weights ------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_2_the_sign_has_no_gradient_and_only_gates_the_winner() -> None:
 @pytest.mark.parametrize("flipper", ["anchor", "none"])
 def test_3_positive_signs_are_diffusion_dpo(flipper: str) -> None:
     """Check 7.3.3, to the bit."""
-    tables = TablePolicy(*(table.repeat_interleave(3, 0) for table in (ANSWERS, REFERENCE)))
+    tables = TablePolicy(ANSWERS.repeat_interleave(3, 0), REFERENCE.repeat_interleave(3, 0))
     dpo = DiffusionDPO(tables, beta=100.0)
     seppo = SePPO(tables, beta=100.0, sgn_warmup=0, flipper=flipper)
     for weight in (torch.ones(3), torch.tensor([1.0, 2.0, 0.0])):

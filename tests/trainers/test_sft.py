@@ -15,7 +15,7 @@ from diffalign import commands
 from diffalign.batches import Conditioning
 from diffalign.predictions import Prediction
 from diffalign.trainers.sft import SFT
-from tests.trainers.gaussian import GaussianPolicy, random_pairs
+from tests.trainers.gaussian import SD, GaussianPolicy, random_pairs
 from tests.trainers.golden import ANSWERS, REFERENCE, Batches, TablePolicy, golden_batch, gradients
 from tests.trainers.winners import winners_config
 
@@ -41,7 +41,7 @@ def test_the_target_is_the_networks_own(prediction: Prediction) -> None:
     expected = []
     for row, draw in enumerate(batch.draws):
         t = int(1000 * draw.uniform("timestep"))
-        abar = policy.schedule.alphas_cumprod[t]
+        abar = SD.alphas_cumprod[t]
         x0, noise = batch.chosen[row], draw.normal("noise", (8,)).double()
         noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         target = noise if prediction is Prediction.EPSILON else abar.sqrt() * noise - (1 - abar).sqrt() * x0

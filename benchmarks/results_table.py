@@ -1,0 +1,173 @@
+"""`docs/results.md` from the cells that are finished: pooled over seeds, with intervals, and nothing typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.eval import Row
+from diffalign.eval.base import Score
+from diffalign.eval.compare import Comparison, Run, pool
+from diffalign.resumable import write_atomically
+
+NOTES = Path(__file__).resolve().parent / "results" / "notes.json"
+"""Model/method -> why it is as it is, for the table."""
+
+MODELS = {
+    "unet": "UNet, epsilon prediction (`diffalign://shapes`)",
+    "flow": "Flow transformer (`diffalign://shapes_flow`)",
+    "video": "Video UNet (`diffalign://shapes_video`)",
+}
+CLAIMS = (
+    ("unet", "seppo", "sft", "SePPO against SFT on the same winners"),
+    ("unet", "inpo", "diffusion_dpo", "InPO against Diffusion-DPO at equal forward passes"),
+    ("unet", "seppo", "diffusion_dpo", "SePPO, which sees no rejected picture, against Diffusion-DPO"),
+    ("unet", "npo", "diffusion_dpo", "NPO's negative branch against Diffusion-DPO, at equal guidance"),
+    ("flow", "flow_dpo", "flow_dpo_time_weighted", "Flow-DPO with constant beta against beta (1 - t)^2"),
+    ("flow", "flow_dpo", "flow_rwr", "Flow-DPO against Flow-RWR"),
+    ("flow", "flow_dpo", "sft", "Flow-DPO against SFT on the same winners"),
+    ("video", "seppo", "sft", "SePPO against SFT on the same clips"),
+)
+"""Model, a method, another one, and what comparing their pictures says."""
+
+Cells = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
+
+
+def read_cells(folder: Path) -> Cells:
+    """The finished cells: (model, method) -> seed -> content.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            cell = json.loads(path.read_text(encoding="utf-8"))
+            found.setdefault((cell["model"], cell["method"]), {})[int(cell["seed"])] = cell
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no finished cell ({error}); remove it and run the cell again") from error
+    return found
+
+
+def rows(cell: Mapping[str, Any], side: str) -> list[Row]:
+    """The rows of one side of a cell."""
+    return [
+        Row(id=str(number), prompt=prompt, seed=seed, task=task, scores=scores, correct=correct)
+        for number, (prompt, seed, task, scores, correct, _) in enumerate(cell[side])
+    ]
+
+
+def versus(one: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> Run:
+    """A cell's aligned pictures against its base's, or against another cell's aligned ones."""
+    before = rows(one, "base") if other is None else rows(other, "aligned")
+    settings = {"sampling": one["sampling"]}
+    against = settings if other is None else {"sampling": other["sampling"]}
+    return Run(before, rows(one, "aligned"), against, settings)
+
+
+def write_document(folder: Path, document: Path) -> None:
+    """Writes the document from the cells in `folder`."""
+    cells = read_cells(folder)
+    notes = json.loads(NOTES.read_text(encoding="utf-8")) if NOTES.is_file() else {}
+    parts = [HEAD]
+    for model, title in MODELS.items():
+        methods = {method: seeds for (name, method), seeds in cells.items() if name == model}
+        if methods:
+            parts += [f"## {title}", _methods(model, methods, notes), _by_task(methods)]
+    claims = [line for claim in CLAIMS if (line := _claim(cells, *claim)) is not None]
+    if claims:
+        head = "| comparison | seeds | judge, points | wins under the scorer |\n| --- | --- | --- | --- |"
+        parts += ["## Method against method", CLAIM_TEXT, "\n".join([head, *claims])]
+    document.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(document, ("\n\n".join(parts) + "\n").encode())
+
+
+HEAD = """# Results on the embedded world
+
+Every number here is printed by `make results` (`python -m benchmarks.results`), which trains each method on tiny models
+that ship with the package, on two CPU cores and without downloads, and judges it on prompts that no training saw. The
+learned scorer `shapes` made or ranked the training data; the judge, an exact program, took no part in any training.
+Judge points are percentage points of right pictures, mean over tasks, aligned minus base at equal seeds, guidance and
+steps. Intervals are 95 % bootstrap intervals over prompts, all seeds of a prompt together. Forward passes count samples
+through the denoiser in training, inversion, rollouts and reference samples included, evaluation not. Seconds are the
+sum of the training steps' own times on the machine that ran the cell, whatever else ran there.
+
+Tiny models say whether a method is implemented rightly and does what it claims, not which method is best for yours."""
+
+CLAIM_TEXT = "Aligned pictures of the first method minus those of the second, same prompts, seeds and base."
+
+
+def _pooled(seeds: Mapping[int, Run]) -> Comparison:
+    return pool({f"seed {seed}": run for seed, run in sorted(seeds.items())}).pooled
+
+
+def _methods(model: str, methods: Mapping[str, Mapping[int, Mapping[str, Any]]], notes: Mapping[str, str]) -> str:
+    lines = [
+        "| method | seeds | judge, base to aligned | judge, points | wins under the scorer | forward passes | seconds "
+        "| verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, seeds in methods.items():
+        comparison = _pooled({seed: versus(cell) for seed, cell in seeds.items()})
+        base, aligned, gain = (comparison.judge(side) for side in ("base", "aligned", "difference"))
+        lines.append(
+            f"| `{method}` | {', '.join(map(str, sorted(seeds)))} | {_share(base)} to {_share(aligned)} "
+            f"| {_points(gain)} | {_wins(comparison)} | {_mean(seeds, 'forwards'):,.0f} "
+            f"| {_mean(seeds, 'seconds'):.0f} | {_verdict(gain)} |"
+        )
+    remarks = [f"- `{m}`: {notes[f'{model}/{m}']}" for m in methods if f"{model}/{m}" in notes]
+    return "\n".join([*lines, *(["", *remarks] if remarks else [])])
+
+
+def _by_task(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+    tables = {m: _pooled({s: versus(c) for s, c in seeds.items()}).groups for m, seeds in methods.items()}
+    tasks = list(dict.fromkeys(task for groups in tables.values() for task in groups))
+    lines = ["Judge by task, points:", "", f"| method | {' | '.join(tasks)} |", f"| --- |{' --- |' * len(tasks)}"]
+    for method, groups in tables.items():
+        lines.append(f"| `{method}` | {' | '.join(_points(groups[task]['correct/difference']) for task in tasks)} |")
+    return "\n".join(lines)
+
+
+def _claim(cells: Cells, model: str, method: str, other: str, text: str) -> str | None:
+    one, two = cells.get((model, method), {}), cells.get((model, other), {})
+    seeds = sorted(one.keys() & two.keys())
+    if not seeds:
+        return None
+    comparison = _pooled({seed: versus(one[seed], two[seed]) for seed in seeds})
+    gain = comparison.judge("difference")
+    return f"| {text} | {', '.join(map(str, seeds))} | {_points(gain)} | {_wins(comparison)} |"
+
+
+def _share(score: Score | None) -> str:
+    return "-" if score is None or score.value is None else f"{100 * score.value:.1f} %"
+
+
+def _points(score: Score | None) -> str:
+    if score is None or score.value is None:
+        return "-"
+    interval = "" if score.ci95 is None else f" [{100 * score.ci95[0]:+.1f}, {100 * score.ci95[1]:+.1f}]"
+    return f"{100 * score.value:+.1f}{interval}"
+
+
+def _wins(comparison: Comparison) -> str:
+    if not comparison.scorers:
+        return "-"
+    score = comparison.win_rate(comparison.scorers[0])
+    if score.value is None or score.ci95 is None:
+        return "-"
+    return f"{100 * score.value:.1f} % [{100 * score.ci95[0]:.1f}, {100 * score.ci95[1]:.1f}]"
+
+
+def _mean(seeds: Mapping[int, Mapping[str, Any]], name: str) -> float:
+    values: Sequence[float] = [cell[name] for cell in seeds.values()]
+    return sum(values) / len(values)
+
+
+def _verdict(score: Score | None) -> str:
+    if score is None or score.ci95 is None:
+        return "-"
+    if score.ci95[0] > 0:
+        return "better than base"
+    return "worse than base" if score.ci95[1] < 0 else "not told apart from base"
