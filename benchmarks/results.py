@@ -143,6 +143,8 @@ def run_cell(cell: Cell, output: Path, results: Path, quick: bool = False) -> Pa
     if cell.method != "d3po":
         lines += _data(cell, shared, quick)
         data = {"train_data_dir": str(shared / "pairs"), "encoded_dir": str(shared / "cache")}
+        if cell.method == "flow_rwr":  # all scored pictures, not the pairs made of them
+            data |= {"index": "samples.jsonl", "format": "scored"}
         overrides.append(f"data={json.dumps(data)}")
     overrides += QUICK["train"] if quick else ()
     if cell.method == "flow_nrg":
@@ -222,7 +224,7 @@ def _result(cell: Cell, run: Path, lines: list[str]) -> dict[str, Any]:
                 facts["steps"] += 1
     sides = {
         side: [
-            [row.prompt, row.seed, row.task, dict(row.scores), row.correct, row.evidence.get("motion_correct")]
+            [row.prompt, row.seed, row.task, dict(row.scores), row.correct, row.evidence.get("motion")]
             for row in read_rows(folder / f"{side}.jsonl")
         ]
         for side in ("base", "aligned")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,29 @@ def read_cells(folder: Path) -> Cells:
     return found
 
 
-def rows(cell: Mapping[str, Any], side: str) -> list[Row]:
+READINGS: Mapping[str, Callable[[bool, str | None, str], bool]] = {
+    "judge": lambda correct, motion, task: correct,
+    "motion as asked": lambda correct, motion, task: motion == task,
+    "any clear motion": lambda correct, motion, task: motion is not None,
+}
+"""What can be asked of a clip, by the judge's verdict, the motion it saw, and the motion that was asked for."""
+
+
+def rows(cell: Mapping[str, Any], side: str, reading: str = "judge") -> list[Row]:
     """The rows of one side of a cell."""
+    right = READINGS[reading]
     return [
-        Row(id=str(number), prompt=prompt, seed=seed, task=task, scores=scores, correct=correct)
-        for number, (prompt, seed, task, scores, correct, _) in enumerate(cell[side])
+        Row(id=str(number), prompt=prompt, seed=seed, task=task, scores=scores, correct=right(correct, motion, task))
+        for number, (prompt, seed, task, scores, correct, motion) in enumerate(cell[side])
     ]
 
 
-def versus(one: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> Run:
+def versus(one: Mapping[str, Any], other: Mapping[str, Any] | None = None, reading: str = "judge") -> Run:
     """A cell's aligned pictures against its base's, or against another cell's aligned ones."""
-    before = rows(one, "base") if other is None else rows(other, "aligned")
+    before = rows(one, "base", reading) if other is None else rows(other, "aligned", reading)
     settings = {"sampling": one["sampling"]}
     against = settings if other is None else {"sampling": other["sampling"]}
-    return Run(before, rows(one, "aligned"), against, settings)
+    return Run(before, rows(one, "aligned", reading), against, settings)
 
 
 def write_document(folder: Path, document: Path) -> None:
@@ -76,6 +85,7 @@ def write_document(folder: Path, document: Path) -> None:
         methods = {method: seeds for (name, method), seeds in cells.items() if name == model}
         if methods:
             parts += [f"## {title}", _methods(model, methods, notes), _by_task(methods)]
+            parts += [_motions(methods)] if model == "video" else []
     claims = [line for claim in CLAIMS if (line := _claim(cells, *claim)) is not None]
     if claims:
         head = "| comparison | seeds | judge, points | wins under the scorer |\n| --- | --- | --- | --- |"
@@ -127,6 +137,25 @@ def _by_task(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
     lines = ["Judge by task, points:", "", f"| method | {' | '.join(tasks)} |", f"| --- |{' --- |' * len(tasks)}"]
     for method, groups in tables.items():
         lines.append(f"| `{method}` | {' | '.join(_points(groups[task]['correct/difference']) for task in tasks)} |")
+    return "\n".join(lines)
+
+
+def _motions(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+    names = [name for name in READINGS if name != "judge"]
+    heads = [f"{name}, base to aligned | points" for name in names]
+    lines = [
+        "Motion alone, whatever moves:",
+        "",
+        f"| method | {' | '.join(heads)} |",
+        "| --- |" + " --- | --- |" * len(names),
+    ]
+    for method, seeds in methods.items():
+        found = [_pooled({s: versus(c, reading=name) for s, c in seeds.items()}) for name in names]
+        texts = [
+            f"{_share(one.judge('base'))} to {_share(one.judge('aligned'))} | {_points(one.judge('difference'))}"
+            for one in found
+        ]
+        lines.append(f"| `{method}` | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 

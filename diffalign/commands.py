@@ -20,11 +20,12 @@ from diffalign.backbones.loading import LORA_FILE, check_options, policy_class
 from diffalign.backbones.reward_guidance import check_guidance, load_guidance
 from diffalign.config import ConfigError, ModelConfig, RunConfig, load_config, trainer_settings
 from diffalign.configured import find_negative_model, load_model, pairs_folder, pick_device, picture_size
-from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts, weights_fingerprint
+from diffalign.generation import SamplingConfig, generate, make_requests, weights_fingerprint
 from diffalign.loop import Waiting
 from diffalign.media_checks import check_judges, check_media_settings, check_scorers
 from diffalign.mining import mine_pairs
 from diffalign.processes import launched
+from diffalign.prompts import read_prompts
 from diffalign.training import checked, train_config
 from diffalign.validating import judge_side
 

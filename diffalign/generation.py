@@ -5,15 +5,12 @@ Nothing here imports torch: the configuration is read, and a wrong one refused, 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +18,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffalign.processes import ALONE, Processes
+from diffalign.prompts import OWN_FIELDS, PromptRow, image_seed
 from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
-from diffalign.shapes import clips, scenes
 from diffalign.videos import require_av, to_mp4
 
 if TYPE_CHECKING:
@@ -32,12 +29,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("diffalign")
 
-SHAPES_SOURCE = "diffalign://shapes/"
-CLIPS_SOURCE = "diffalign://shapes_video/"
 INDEX_FILE = "index.jsonl"
 IMAGE_FOLDER = "images"
 VIDEO_FOLDER = "videos"
-_OWN_FIELDS = ("id", "prompt", "seed", "image", "video")
 
 
 class NonFiniteImageError(ValueError):
@@ -55,9 +49,8 @@ class SamplingConfig(BaseModel):
         batch_size: Images or videos per forward pass; None takes 8 images or 1 video. It changes the last digits of
             float32 sums, so it belongs to the settings that a folder is tied to.
         fps: Frames per second of the video files; None takes the family's own.
-        negative_model: Weights for the unconditional branch of guidance (Diffusion-NPO, arXiv:2505.11245): the output
-            folder of a run, a LoRA file, or a denoiser's folder. Used by `sample`, `pairs` and `evaluate`; pictures
-            that validate a run are drawn without. See docs/negative_models.md.
+        negative_model: Weights for the unconditional branch of guidance, a run's output folder or a file, for `sample`,
+            `pairs` and `evaluate`; see docs/negative_models.md.
         negative_alpha: Share of what the sampled model has learnt that they get, in 0..1.
         negative_scale: Share of what the negative model has learnt that they get, in 0..1.
         reward_guidance: Folder of a reward model on noisy latents, whose gradient moves the samples of a flow model
@@ -97,14 +90,6 @@ class SamplingConfig(BaseModel):
             "fps": policy.frame_rate if policy.is_video else None,
         }
         return self.model_copy(update={k: v for k, v in own.items() if getattr(self, k) is None})
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt and whatever else its source says about it (`task`, tags, ...), as JSON values."""
-
-    prompt: str
-    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -229,12 +214,6 @@ def make_requests(prompts: Sequence[PromptRow], sampling: SamplingConfig, *, is_
     return requests
 
 
-def image_seed(run_seed: int, prompt: str, sample: int) -> int:
-    """Seed of one image, 0 <= seed < 2**31: a function of its arguments only, the same on every machine."""
-    key = json.dumps(["image", run_seed, prompt, sample]).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
-
-
 def to_png(image: Tensor) -> bytes:
     """An image [3, H, W] in [0, 1] as the bytes of an 8-bit RGB PNG file."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -284,12 +263,8 @@ def _everything(
         everything["fps"] = sampling.fps
     negative = sampling.negative_model is not None
     if negative:
-        everything["negative"] = {
-            "model": sampling.negative_model,
-            "alpha": sampling.negative_alpha,
-            "scale": sampling.negative_scale,
-            "weights": policy.negative_fingerprint(),
-        }
+        said = {"model": sampling.negative_model, "alpha": sampling.negative_alpha, "scale": sampling.negative_scale}
+        everything["negative"] = {**said, "weights": policy.negative_fingerprint()}
     if "weights" not in everything:
         everything["weights"] = weights_fingerprint(policy, reference=reference, negative=negative)
     return everything
@@ -311,7 +286,7 @@ def _check(requests: Sequence[Request], policy: Policy) -> None:
             raise ValueError(f"request id {request.id!r} occurs twice; each needs an id of its own")
         if not 0 <= request.seed < 2**31:
             raise ValueError(f"request {request.id}: seed must be in 0..2**31-1, got {request.seed}")
-        clash = [name for name in _OWN_FIELDS if name in request.extras]
+        clash = [name for name in OWN_FIELDS if name in request.extras]
         if clash:
             raise ValueError(f"request {request.id}: extra field {clash[0]!r} would hide its own; rename it")
         seen.add(request.id)
@@ -337,121 +312,3 @@ def _finite(image: Tensor, request: Request) -> Tensor:
             "sample in float32"
         )
     return image
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(
-    source: str,
-    limit: int | None = None,
-    seed: int = 0,
-    task_weights: Mapping[str, float] | None = None,
-) -> list[PromptRow]:
-    """The prompts of a source, in its order.
-
-    Args:
-        source: A text file with one prompt a line (blank lines are skipped); a `.jsonl` file whose rows have a
-            `prompt` field, and maybe others, which are kept; or `diffalign://shapes/train` and
-            `diffalign://shapes/held_out`, the prompts of the embedded world with their `task`, or those of its clips,
-            `diffalign://shapes_video/train` and so on. A file that is not
-            there is looked for among the packaged `configs/prompts/`.
-        limit: At most so many. Of a file the first ones; of the embedded world a seeded choice, balanced over the
-            tasks (all of a task that has fewer). A larger limit keeps the choice of a smaller one.
-        seed: Of that choice.
-        task_weights: Embedded world only: a task's share of `limit` relative to the others'; 1 where not given, 0
-            leaves the task out.
-
-    Raises:
-        ValueError: If the source is missing, unknown, unreadable or empty, or an argument is out of range.
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the number of prompts must be at least 1, got {limit}; leave it out to take all")
-    if source.startswith("diffalign://"):
-        return _embedded_prompts(source, limit, seed, task_weights or {})
-    if task_weights:
-        raise ValueError(f"task_weights need the embedded world ({SHAPES_SOURCE}train), found prompts: {source}")
-    path = _find_file(source)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"prompts file {path} is empty; expected one prompt a line")
-    if path.suffix.lower() == ".jsonl":
-        return [_parse(path, number, line) for number, line in numbered[:limit]]
-    return [PromptRow(line) for _, line in numbered[:limit]]
-
-
-def _find_file(source: str) -> Path:
-    path = Path(source).expanduser()
-    packaged = Path(str(resources.files("diffalign.configs") / "prompts" / path.name))
-    if not path.exists() and path.parent in (Path(), Path("configs/prompts")) and packaged.is_file():
-        return packaged
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(
-            f"prompts file {source!r} {found}; expected a text file, a .jsonl file, {SHAPES_SOURCE}train or "
-            f"{SHAPES_SOURCE}held_out"
-        )
-    return path
-
-
-def _parse(path: Path, number: int, line: str) -> PromptRow:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number} of {path} is no JSON ({error}); repair or remove it") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise ValueError(f'line {number} of {path} has no prompt; expected an object like {{"prompt": "a red cube"}}')
-    prompt = row.pop("prompt")
-    return PromptRow(prompt, {f"source_{k}" if k in _OWN_FIELDS else k: v for k, v in row.items()})
-
-
-def _embedded_prompts(source: str, limit: int | None, seed: int, task_weights: Mapping[str, float]) -> list[PromptRow]:
-    splits = ("train", "held_out", "all")
-    known = [world + split for world in (SHAPES_SOURCE, CLIPS_SOURCE) for split in splits]
-    if source not in known:
-        near = difflib.get_close_matches(source, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown embedded prompts {source!r}{hint} (available: {', '.join(known)})")
-    world, _, name = source.rpartition("/")
-    split = cast(scenes.Split, name)
-    moving = world + "/" == CLIPS_SOURCE
-    tasks = tuple(clips.MOTIONS) if moving else scenes.TASKS
-    everything: Sequence[Any] = clips.clip_prompts(split) if moving else scenes.prompts(split)
-    for task, weight in task_weights.items():
-        if task not in tasks:
-            raise ValueError(f"task_weights: unknown task {task!r} (available: {', '.join(tasks)})")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"task_weights: the weight of {task} must be a finite number >= 0, got {weight}")
-    weights = {task: task_weights.get(task, 1.0) for task in tasks}
-    by_task = {task: [p for p in everything if p.task == task] for task in tasks if weights[task] > 0}
-    total = sum(len(found) for found in by_task.values())
-    if total == 0:
-        raise ValueError("task_weights leave no task: all weights are 0; expected one above 0")
-    shares = task_shares({task: len(found) for task, found in by_task.items()}, limit or total, weights)
-    chosen: set[str] = set()
-    for task, found in by_task.items():
-        ranked = sorted((p.text for p in found), key=lambda text: image_seed(seed, f"choice/{text}", 0))
-        chosen.update(ranked[: shares[task]])
-    return [PromptRow(p.text, {"task": p.task}) for p in everything if p.text in chosen]
-
-
-def task_shares(sizes: Mapping[str, int], total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """How many of `total` each task gets: in proportion to the weights, never more than the task has.
-
-    Seats are given one by one to the task with the smallest (seats + 1/2) / weight among those with prompts left
-    (Sainte-Laguë's rule); equal weights give numbers that differ by at most one.
-
-    Args:
-        sizes: Prompts of each task.
-        total: How many to give out; all of them if there are fewer.
-        weights: Positive weight of each task.
-    """
-    shares = dict.fromkeys(sizes, 0)
-    for _ in range(min(total, sum(sizes.values()))):
-        left = [task for task in sizes if shares[task] < sizes[task]]
-        shares[min(left, key=lambda task: (shares[task] + 0.5) / weights[task])] += 1
-    return shares

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffalign.generation import INDEX_FILE, Request, SamplingConfig, generate, make_requests, read_prompts
+from diffalign.generation import INDEX_FILE, Request, SamplingConfig, generate, make_requests
 from diffalign.processes import ALONE, Processes
+from diffalign.prompts import read_prompts
 from diffalign.resumable import Row, RowLog, claim_folder, to_line, write_atomically
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffalign.generation import PromptRow, read_prompts
+from diffalign.prompts import PromptRow, read_prompts
 
 
 class RolloutConfig(BaseModel):

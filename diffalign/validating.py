@@ -139,7 +139,8 @@ def _read_media(folder: Path, item: Mapping[str, Any]) -> torch.Tensor:
     from diffalign.reward_models.media import to_rgb
 
     if "image" in item:
-        return pil_to_tensor(to_rgb(folder / item["image"])).float() / 255
+        picture: torch.Tensor = pil_to_tensor(to_rgb(folder / item["image"])).float() / 255
+        return picture
     with (folder / item["video"]).open("rb") as file:
         frames = [pil_to_tensor(frame) for frame in read_all_frames(file)]
     return torch.stack(frames).float() / 255

@@ -23,9 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data import DataConfig, PairList, encode_pairs
-from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts
+from diffalign.generation import SamplingConfig, generate, make_requests
 from diffalign.mining import PairsConfig, mine_pairs
 from diffalign.processes import OtherProcessError, Processes, launched, leave
+from diffalign.prompts import read_prompts
 from diffalign.reward_models.base import RewardInfo, RewardModel
 from diffalign.reward_models.media import Media
 from diffalign.reward_models.scoring import score_index

@@ -21,17 +21,14 @@ from PIL import Image
 from diffalign.backbones import LoRA, load_policy
 from diffalign.generation import (
     NonFiniteImageError,
-    PromptRow,
     Request,
     SamplingConfig,
     generate,
-    image_seed,
     make_requests,
-    read_prompts,
-    task_shares,
     to_png,
     weights_fingerprint,
 )
+from diffalign.prompts import PromptRow, image_seed, read_prompts, task_shares
 from diffalign.resumable import RowLog, claim_folder
 from diffalign.shapes import scenes
 
@@ -139,7 +136,8 @@ def test_finished_chunks_are_kept_and_a_lost_image_comes_back_in_order(
 KILLED = """
 import sys, time, torch
 from diffalign.backbones import load_policy
-from diffalign.generation import SamplingConfig, generate, make_requests, read_prompts
+from diffalign.generation import SamplingConfig, generate, make_requests
+from diffalign.prompts import read_prompts
 torch.set_num_threads(1)
 policy = load_policy(sys.argv[1])
 sample = policy.sample
@@ -318,7 +316,7 @@ def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes | None, mess
 def test_packaged_prompt_lists_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "package" / "prompts").mkdir(parents=True)
     (tmp_path / "package" / "prompts" / "some.txt").write_text("packaged")
-    monkeypatch.setattr("diffalign.generation.resources.files", lambda package: tmp_path / "package")
+    monkeypatch.setattr("diffalign.prompts.resources.files", lambda package: tmp_path / "package")
     monkeypatch.chdir(tmp_path)
     assert read_prompts("configs/prompts/some.txt") == read_prompts("some.txt") == [PromptRow("packaged")]
     with pytest.raises(ValueError, match="does not exist"):

@@ -15,7 +15,8 @@ from diffalign import commands, model_card
 from diffalign.backbones import LoRA, inspect_model, load_policy
 from diffalign.cli import cli
 from diffalign.config import RunConfig
-from diffalign.generation import PromptRow, SamplingConfig, generate, make_requests, to_png, weights_fingerprint
+from diffalign.generation import SamplingConfig, generate, make_requests, to_png, weights_fingerprint
+from diffalign.prompts import PromptRow
 
 PROMPTS = [PromptRow("a red circle"), PromptRow("two blue squares")]
 

@@ -408,14 +408,17 @@ def _run(
     return fit(trainer, batches, TrainingConfig(output_dir=str(folder), **settings))
 
 
+SPENT = ("train/seconds", "train/forwards")
+
+
 class Killed(Exception):  # noqa: N818 - no error, an end
     """What ends a run in the middle of its fourth step, say, whose work is lost."""
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics without the time that steps took."""
+    """The lines of the metrics without the time and the passes they took: a resumed run may find its round drawn."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "train/seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in SPENT} for row in rows]
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from diffalign import commands
+from diffalign import commands, configured
 from diffalign.attention import check_attention
 from diffalign.config import ConfigError
 
@@ -54,7 +54,7 @@ def test_a_run_is_refused_before_anything_loads(
     override: str, hidden: tuple[str, ...], message: str, without: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(*hidden)
-    monkeypatch.setattr(commands, "load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(configured, "load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=message) as caught:
         commands.train(CONFIG, [f"output_dir={tmp_path / 'run'}", override])
     assert "\n" not in str(caught.value)
@@ -69,6 +69,6 @@ def test_every_backend_that_diffusers_knows_passes() -> None:
 def test_a_misspelt_benchmark_is_refused_before_pictures_are_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(configured, "load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ValueError, match="unknown benchmark 'shape'; did you mean 'shapes'"):
         commands.evaluate(CONFIG, [f"output_dir={tmp_path / 'run'}", "evaluation.benchmark=shape"])

@@ -179,7 +179,7 @@ def test_pairs_of_a_video_model_are_drawn_scored_and_trained_on(model: Path, tmp
 
 @pytest.fixture
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "load_policy", lambda *args, **options: pytest.fail("loaded weights"))
+    monkeypatch.setattr(configured, "load_policy", lambda *args, **options: pytest.fail("loaded weights"))
 
 
 @pytest.mark.usefixtures("_no_weights")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 from torch import Tensor
@@ -29,6 +29,7 @@ from diffalign.backbones.flux import (
     untokens,
 )
 from diffalign.backbones.loading import LoRA, ModelSource, read_index
+from diffalign.backbones.negative import Guides
 from diffalign.batches import Conditioning
 
 __all__ = ["Flux2KleinPolicy", "Flux2Policy"]
@@ -52,7 +53,7 @@ class Flux2Policy(PipelinePolicy):
     Options = FluxOptions
     half_precision_text = True
     lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj")
-    guides = "never"
+    guides: ClassVar[Guides] = "never"
     guidance_scale = 4.0
     num_inference_steps = 50
     embedded_guidance = 4.0

@@ -193,16 +193,19 @@ def export(out: Path, parts: Mapping[str, Any], scorer: CLIPModel, tokenizer: CL
     return sizes
 
 
-def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
+def appraise(
+    out: Path, per_task: int | None = None, guidance_scales: Sequence[float] = (1.0, 2.0, 3.0)
+) -> dict[str, float]:
     """What the exported models can do on held-out prompts.
 
     Args:
         out: The folder with the models.
         per_task: At most so many prompts of each task; None takes all.
+        guidance_scales: Of the pictures that are judged.
 
     Returns:
         The judge scores of the image models (12 steps of the UNet, 16 of the flow) and of the video model (12 steps)
-        with several guidance scales, the scorer's share of right answers on a scene of the prompt against a spoilt one,
+        with each guidance scale, the scorer's share of right answers on a scene of the prompt against a spoilt one,
         and the autoencoder's mean absolute error in [0, 1].
     """
     from diffalign.eval import Shapes, ShapesVideo
@@ -214,7 +217,7 @@ def appraise(out: Path, per_task: int | None = None) -> dict[str, float]:
         ("flow_pipeline", 16, Shapes()),
         ("video_pipeline", 12, ShapesVideo()),
     ):
-        for guidance in (1.0, 2.0, 3.0):
+        for guidance in guidance_scales:
             found[f"{part}: judge score, guidance {guidance:g}"] = judge_score(
                 out / part, benchmark, guidance, steps, per_task
             )
@@ -281,7 +284,7 @@ STAGES = ("vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "
 
 
 def build(
-    out: Path, seed: int = 0, lengths: Lengths | None = None, per_task: int | None = None, *, compiled: bool = False
+    out: Path, seed: int = 0, lengths: Lengths | None = None, *, compiled: bool = False, **appraisal: Any
 ) -> None:
     """Trains, exports and appraises everything; see the module's description.
 
@@ -289,8 +292,8 @@ def build(
         out: Where everything goes.
         seed: Of everything random.
         lengths: How long each training is.
-        per_task: See `appraise`.
         compiled: See `train_flow`.
+        appraisal: Arguments of `appraise`.
     """
     work, lengths = out / "work", lengths or Lengths()
     work.mkdir(parents=True, exist_ok=True)
@@ -304,7 +307,7 @@ def build(
     pipelines = {"pipeline": images, "flow_pipeline": flow, "video_pipeline": videos}
     sizes = export(out, pipelines, scorer, images.tokenizer)
     seconds = {name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] for name in STAGES}
-    record = {"seed": seed, "seconds": seconds, "megabytes": sizes, "scores": appraise(out, per_task)}
+    record = {"seed": seed, "seconds": seconds, "megabytes": sizes, "scores": appraise(out, **appraisal)}
     (out / "build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

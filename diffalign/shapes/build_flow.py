@@ -79,7 +79,8 @@ def train_flow(
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
-            return (output - (noise - latents)).square().mean()
+            loss: Tensor = (output - (noise - latents)).square().mean()
+            return loss
 
         stage.run(loss_of)
     stage.load_average()

@@ -115,7 +115,8 @@ def train_video(
         ratio = alphas / (1 - alphas)
         # Min-SNR weights, as the image model's; then those of the error of x0, as far as 20 times that of epsilon.
         weights = ratio.clamp(max=5.0) / ratio if half == 0 else (1 / ratio).clamp(0.2, 20.0)
-        return (errors * weights).mean()
+        loss: Tensor = (errors * weights).mean()
+        return loss
 
     for half, name in enumerate(("video", "video_told")):
         stage = Stage(name, work, modules, lr=6e-4, steps=steps[half], ema=0.998 - 0.008 * half, cooldown=0.3)

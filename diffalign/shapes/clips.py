@@ -173,23 +173,23 @@ def judge_clip(frames: NDArray[np.uint8] | NDArray[np.floating], prompt: ClipPro
     if frames.ndim != 4:
         raise ValueError(f"the judge reads clips [T, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], got {list(frames.shape)}")
     path: list[tuple[float, float] | None] = []
-    named: list[tuple[str, str]] = []
+    named: list[str] = []
     for frame in frames:
         reading = read_image(frame)
         thing = reading.things[0] if len(reading.things) == 1 and not reading.unreadable else None
         path.append((thing.x, thing.y) if thing is not None else None)
         if thing is not None:
-            named.append((thing.color, thing.shape))
+            named.append(f"{thing.color} {thing.shape}")
     if len(named) < min(MIN_FRAMES, len(frames)):
         reason = f"one object can be read in {len(named)} of {len(frames)} frames only"
         return ClipVerdict(False, False, reason, None, tuple(path))
     motion = _motion([place for place in path if place is not None])
     moves = motion == prompt.motion
-    fitting = sum(name == (prompt.color, prompt.shape) for name in named)
+    fitting = named.count(f"{prompt.color} {prompt.shape}")
     if not moves:
         reason = f"moves {motion or 'in no clear direction'}, asked was {prompt.motion}"
     elif 2 * fitting <= len(named):
-        reason = f"expected {prompt.color} {prompt.shape}, found {' '.join(max(named, key=named.count))}"
+        reason = f"expected {prompt.color} {prompt.shape}, found {max(named, key=named.count)}"
     else:
         reason = "shows what was asked"
     return ClipVerdict(moves and 2 * fitting > len(named), moves, reason, motion, tuple(path))

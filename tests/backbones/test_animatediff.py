@@ -42,10 +42,10 @@ def test_the_defaults_are_the_published_pipelines(base: Any) -> None:
     assert any("motion_modules" in name for name, _ in base.denoiser.named_modules())
 
 
-def test_more_frames_than_positions_are_refused_and_16_are_the_default(folder: Path) -> None:
-    assert load(folder, num_frames=8).latent_shape == (4, 8, 4, 4)
+def test_more_frames_than_positions_are_refused_and_all_of_fewer_than_16_are_the_default(folder: Path) -> None:
+    assert load(folder, num_frames=None).latent_shape == (4, 8, 4, 4)
     with pytest.raises(ValueError, match="positions of 8 frames, got 16; use at most 8"):
-        load(folder, num_frames=None)
+        load(folder, num_frames=16)
 
 
 def test_frames_see_each_other_through_the_motion_modules_only(base: Any) -> None:

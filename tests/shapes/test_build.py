@@ -63,8 +63,8 @@ def test_batches_mix_clean_and_poor_drawings_in_the_share_that_is_asked_for(tmp_
 
 @pytest.mark.slow
 def test_the_whole_build_leaves_models_that_load(tmp_path: Path) -> None:
-    lengths = Lengths(**dict.fromkeys(STAGES, 2), scenes=500, clips=6)
-    build(tmp_path, seed=3, lengths=lengths, per_task=1)
+    lengths = Lengths(**dict.fromkeys(STAGES, 2), scenes=100, clips=6)
+    build(tmp_path, seed=3, lengths=lengths, per_task=1, guidance_scales=(2.0,))
     record = json.loads((tmp_path / "build.json").read_text(encoding="utf-8"))
     assert set(record["seconds"]) == set(STAGES)
     assert all(size < 15 for size in record["megabytes"].values())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffalign import plugins
-from diffalign.generation import read_prompts
+from diffalign.prompts import read_prompts
 from diffalign.shapes.clip_pairs import write_clip_pairs
 from diffalign.shapes.clips import (
     FRAMES,
