@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -185,7 +186,7 @@ def _data(cell: Cell, shared: Path, quick: bool) -> list[str]:
 
 
 def _say(command: str, config: str, *overrides: str) -> str:
-    line = " ".join(["diffalign", command, f"configs/{config}", *map(_short, overrides)])
+    line = shlex.join(["diffalign", command, f"configs/{config}", *map(_short, overrides)])
     logger.info("%s", line)
     return line
 

@@ -26,8 +26,6 @@ from diffalign.config import ConfigError, RunConfig, TrainingConfig, trainer_set
 from diffalign.data import load_pairs
 from diffalign.quantization import BYTES_PER_WEIGHT
 
-FORWARDS = {"policy": 2, "reference": 2}
-"""Forward passes per pair: both halves through the policy, and both through the reference."""
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the state of smaller tensors in 32 bits."""
 
@@ -53,7 +51,7 @@ class Estimate:
     trainable: int
     memory: dict[str, int]
     encoders: int
-    forwards: dict[str, int]
+    forwards: dict[str, float]
     pairs_per_step: int
     processes: int
     steps: int
@@ -67,7 +65,7 @@ class Estimate:
 
     def __str__(self) -> str:
         each = sum(self.forwards.values())
-        parts = ", ".join(f"{name} {count}" for name, count in self.forwards.items())
+        parts = ", ".join(f"{name} {count:g}" for name, count in self.forwards.items() if count)
         visits = self.steps * self.pairs_per_step
         epochs = f"{visits / self.pairs:.2f} epochs of {self.pairs:,} pairs" if self.pairs else "pairs not known yet"
         done = f", {self.steps_done:,} of them done" if self.steps_done else ""
@@ -80,8 +78,8 @@ class Estimate:
                 f"of the denoiser's {self.parameters:,}",
                 f"memory of each of {self.processes} process(es), activations and the allocator's slack not included:",
                 *(f"  {name:<{width}}  {size}" for name, size in rows),
-                f"cost: {each} forward passes per pair ({parts}), {each * self.pairs_per_step:,} per optimizer step of "
-                f"{self.pairs_per_step:,} pairs",
+                f"cost: {each:g} forward passes per pair ({parts}), "
+                f"{each * self.pairs_per_step:,.0f} per optimizer step of {self.pairs_per_step:,} pairs",
                 f"steps: {self.steps:,}{done}; {visits:,} pairs seen, {epochs}",
                 "dry run: nothing was written",
             ]
@@ -118,8 +116,10 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
         "moving average": 4 * numbers * training.use_ema,
         "rounded copies for autocast": 0 if training.mixed_precision == "no" else _rounded(parts, trained),
     }
-    per_pair = FORWARDS["policy"]
-    forwards = {**FORWARDS, "backward": per_pair if lora is not None else 2 * per_pair}
+    trainer, settings = trainer_settings(config)
+    passes: dict[str, float] = trainer.forwards(settings)
+    per_pair = passes["policy"]
+    forwards = {**passes, "backward": per_pair if lora is not None else 2 * per_pair}
     if model.gradient_checkpointing:
         forwards["recomputed activations"] = per_pair
     return Estimate(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ __all__ = ["KIND", "NoisyReward", "RewardCard", "check_trunk", "read_card"]
 KIND = "noisy_latent"
 CARD, WEIGHTS = "reward.json", "model.safetensors"
 """Not config.json, which is a checkpoint's own file: every checkpoint is a reward model that can be read."""
+SHIPPED = "diffalign://shapes_flow_reward"
+"""Name of the one that ships, trained by `diffalign train-reward configs/shapes_flow_nrg.yaml`."""
 FAMILIES = ("StableDiffusion3Pipeline", "SanaPipeline", "WanPipeline", "HunyuanVideoPipeline")
 """Pipelines whose samplers hold latents in the policy's own shape, and whose transformers have a `proj_out`."""
 BLOCKS = ("transformer_blocks", "blocks")
@@ -101,20 +104,27 @@ class RewardCard:
         return [float(wanted.get(name, 0.0 if wanted else 1.0)) for name in self.dimensions]
 
 
+def reward_folder(name: str | Path) -> Path:
+    """Where a reward model lies: a folder, or the one that ships for the embedded flow transformer, `SHIPPED`."""
+    if str(name) == SHIPPED:
+        return Path(str(resources.files("diffalign.shapes").joinpath("assets/flow_reward")))
+    return Path(name)
+
+
 def read_card(folder: str | Path) -> RewardCard:
-    """What a folder's reward model is; loads no weights.
+    """What a folder's reward model is, or `SHIPPED`; loads no weights.
 
     Raises:
         ValueError: If the folder holds no reward model on noisy latents.
     """
-    path = Path(folder) / CARD
+    path = reward_folder(folder) / CARD
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); train the reward model again") from error
-    if not isinstance(found, dict) or found.get("kind") != KIND or not (Path(folder) / WEIGHTS).is_file():
+    if not isinstance(found, dict) or found.get("kind") != KIND or not (path.parent / WEIGHTS).is_file():
         raise ValueError(
             f"{folder} holds no reward model on noisy latents ({CARD} of kind {KIND!r} and {WEIGHTS}); train one with "
             "`diffalign train-reward` and give its folder"
@@ -203,7 +213,7 @@ class NoisyReward(nn.Module):
         """Reads what `save_pretrained` wrote, frozen, on the policy's device.
 
         Args:
-            folder: Of the reward model.
+            folder: Of the reward model, or `SHIPPED`.
             policy: Of the same family; whatever adapters it has, the trunk's weights are the folder's.
 
         Raises:
@@ -218,12 +228,12 @@ class NoisyReward(nn.Module):
         with init_empty_weights():  # buffers are real: some are in no file
             trunk = getattr(diffusers, card.denoiser).from_config(dict(card.denoiser_config))
         _cut(trunk, card.layers)
-        reward = cls(policy, trunk, card)
+        reward, path = cls(policy, trunk, card), reward_folder(folder) / WEIGHTS
         try:
-            reward.load_state_dict(load_file(Path(folder) / WEIGHTS), assign=True)
+            reward.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, assign=True)
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{Path(folder) / WEIGHTS} cannot be read ({reason}); train the model again") from error
+            raise ValueError(f"{path} cannot be read ({reason}); train the model again") from error
         return reward.to(policy.device).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: Path) -> None:

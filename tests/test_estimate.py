@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from diffalign import configured, training
 from diffalign.backbones import inspect_model
 from diffalign.cli import cli
-from diffalign.config import ConfigError, RunConfig
+from diffalign.config import ConfigError, RunConfig, trainer_settings
 from diffalign.estimate import Estimate, estimate_run
 from diffalign.optimizers import make_optimizer
 
@@ -283,3 +283,22 @@ def test_an_adapter_that_is_not_there_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(configured, "load_policy", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"model\.adapter: somewhere holds neither .*; give the output folder of a"):
         training.train_config(run_config({"adapter": "somewhere"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"name": "diffusion_dpo"}, 4),
+        ({"name": "sft"}, 2),
+        ({"name": "sft", "log_reference": False}, 1),
+        ({"name": "seppo", "num_inference_steps": 10, "guidance_scale": 2.0, "sgn_draws": 3}, 4 + 4 + 20),
+        ({"name": "self_npo"}, 1 + 6),
+        ({"name": "self_npo", "w": -5.0}, 1 + 12),
+        ({"name": "d3po", "guidance_scale": 1.0}, 6),
+    ],
+)
+def test_every_method_says_what_a_visit_costs(settings: dict[str, Any], passes: float) -> None:
+    config = RunConfig.model_validate({"output_dir": "x", "model": {"pretrained_model_name_or_path": "x"},
+                                       "trainer": settings})  # fmt: skip
+    trainer, checked = trainer_settings(config)
+    assert sum(trainer.forwards(checked).values()) == passes

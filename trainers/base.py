@@ -136,6 +136,15 @@ class Trainer:
         """One line for the start of a run: the method and what its settings amount to."""
         return f"{type(self).__name__}: {self.config}"
 
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """Cost of a visit (a pair, or an image) in samples through the denoiser, by part, on average; for `--dry-run`.
+
+        Args:
+            config: Settings of the method.
+        """
+        return {"policy": 2, "reference": 2}
+
     def facts(self) -> dict[str, Any]:
         """What `run.json` says of the method beside that line, JSON values."""
         return {"negative_model": True} if self.trains_negative else {}

@@ -139,6 +139,12 @@ class D3PO(PairTrainer):
             if old not in needed:
                 self.references.drop(_reference(old))
 
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """See `Trainer.forwards`: of one step of a pair, with two images a prompt."""
+        guided = 1 if config.guidance_scale == 1 else 2
+        return {"policy": 2 * guided, "reference": 2 * guided, "rollouts": 2 * guided}
+
     def describe(self) -> str:
         """One line for the start of a run."""
         config = self.config

@@ -23,27 +23,37 @@ three points back, for comparison:
 
 The released code inverts with the policy, and so does the default; accounts of the paper name the reference, which is
 `inversion_net: reference`. The inversion is told the caption of the loss, dropped or not.
+With `cache_inversion` the reference inverts every pair once to all levels of the grid, and only the last move to t is
+left for the visits; see `diffalign.inversions`. Nine passes an image once and one a visit in the place of 5.5 a visit
+pay from the third visit on. It is off by default: the released run visits hardly a pair twice, and a pair then has one
+posterior sample, and one caption to invert with, for the whole run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.batches import Conditioning, NoisyStates, PairBatch
+from diffalign.inversions import Inversions, InvertedPairs, InvertedSource, check_kind
 from diffalign.policy import Policy, Predictor
 from diffalign.predictions import Prediction
 from diffalign.randomness import Draw
 from diffalign.schedules import DiscreteSchedule, expand
 from diffalign.timesteps import REFINER_SHARE, TimestepLaw, draw_timesteps
-from diffalign.trainers.base import PairTrainer, PairTrainerConfig
+from diffalign.trainers.base import LossOutput, PairTrainer, PairTrainerConfig
 from diffalign.transitions import DDIM, at_least_float32
+
+if TYPE_CHECKING:
+    from diffalign.data import PairSource
+    from diffalign.loop import BatchSource
 
 __all__ = ["InPO", "InPOConfig"]
 
@@ -63,12 +73,16 @@ class InPOConfig(PairTrainerConfig):
         inversion_steps: Moves from clean latents to pure noise; 10 as released. A pair takes those below its t, 5.5 on
             average; with "release" 6.4.
         eta: Noise that every move adds, as a share of DDPM's on the same grid; 0.1 as released.
+        cache_inversion: Invert every pair once and keep that on disk; needs the reference, "exact" and eta 0.
+        inversion_batch_size: Pairs that are inverted at once for it.
     """
 
     inversion: Literal["exact", "release"] = "exact"
     inversion_net: Literal["policy", "reference"] = "policy"
     inversion_steps: int = Field(default=10, ge=1)
     eta: float = Field(default=0.0, ge=0, le=1)
+    cache_inversion: bool = False
+    inversion_batch_size: int = Field(default=4, ge=1)
 
     @field_validator("timestep_sampling")
     @classmethod
@@ -78,6 +92,15 @@ class InPOConfig(PairTrainerConfig):
         if law == "logit_normal":
             raise ValueError("this law is for flows, which DDIM does not invert; use uniform, or train with flow_dpo")
         return law
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> InPOConfig:
+        if self.cache_inversion and (self.inversion_net, self.inversion, self.eta) != ("reference", "exact", 0):
+            raise ValueError(
+                "cache_inversion needs inversion_net=reference, inversion=exact and eta=0, got "
+                f"{self.inversion_net}, {self.inversion} and {self.eta:g}; set them, or cache_inversion=false"
+            )
+        return self
 
 
 class InPO(PairTrainer):
@@ -110,6 +133,7 @@ class InPO(PairTrainer):
             )
         self.solver = DDIM(self.schedule, Prediction.EPSILON, eta=0.0)
         self.inverter: Predictor = self.policy if self.config.inversion_net == "policy" else self.reference
+        self.inversions: Inversions | None = None  # of `source`
 
     def describe(self) -> str:
         """One line for the start of a run; see `PairTrainer.describe`."""
@@ -117,14 +141,18 @@ class InPO(PairTrainer):
         return (
             f"{super().describe()}; {config.inversion} inversion by the {config.inversion_net} "
             f"in at most {config.inversion_steps} passes, eta {config.eta:g}"
+            f"{', all but the last one kept on disk' if config.cache_inversion else ''}"
         )
 
     def noisy_states(self, batch: PairBatch) -> NoisyStates:
         """Both halves inverted to the pair's one timestep, each with its own eps*; float32 and without gradient."""
         latents = at_least_float32(torch.cat([batch.chosen, batch.rejected]))
-        conditioning = batch.conditioning.repeat(2)
-        timesteps = self.draw_timesteps(batch.draws).repeat(2)
-        noisy_latents = self.invert(latents, timesteps, conditioning, batch.draws)
+        conditioning, timesteps = batch.conditioning.repeat(2), self.draw_timesteps(batch.draws).repeat(2)
+        if isinstance(batch, InvertedPairs):
+            starts, levels = batch.last_move(self.grid(), timesteps)
+            noisy_latents = self.walk(starts, levels, levels[1:], batch.captions.repeat(2), batch.draws)
+        else:
+            noisy_latents = self.invert(latents, timesteps, conditioning, batch.draws)
         alphas, sigmas = self.schedule.scales(timesteps)
         noise = (noisy_latents - expand(alphas, latents) * latents) / expand(sigmas, latents)
         return NoisyStates(
@@ -138,12 +166,51 @@ class InPO(PairTrainer):
 
     def draw_timesteps(self, draws: Sequence[Draw]) -> Tensor:
         """One timestep per pair, [B]: uniform from `FIRST_TIMESTEP` to the law's last; in release mode from 0."""
-        law = self.config.timestep_sampling
         if self.config.inversion == "release":
-            return draw_timesteps(self.schedule, draws, law)
-        count = self.levels // REFINER_SHARE if law == "refiner" else self.levels
+            return draw_timesteps(self.schedule, draws, self.config.timestep_sampling)
         uniform = torch.tensor([draw.uniform("timestep") for draw in draws], dtype=torch.float64)
-        return FIRST_TIMESTEP + (uniform * (count - FIRST_TIMESTEP)).long()
+        return FIRST_TIMESTEP + (uniform * (self._trained_levels() - FIRST_TIMESTEP)).long()
+
+    def _trained_levels(self) -> int:
+        """How many levels the law of the timesteps knows, from clean latents on."""
+        return self.levels // REFINER_SHARE if self.config.timestep_sampling == "refiner" else self.levels
+
+    # --- the cached inversion --------------------------------------------------------------------------------------
+
+    def source(self, source: PairSource, seed: int) -> BatchSource:
+        """The data's pairs, with `cache_inversion` as they were inverted."""
+        if not self.config.cache_inversion:
+            return source
+        self.inversions = Inversions(source.encoded, self.grid(), seed, self.policy)
+        return InvertedSource(source, self.inversions, self.draw_timesteps)
+
+    def begin(self, step: int, folder: Path) -> None:
+        """With `cache_inversion`, inverts the pairs that no earlier process has inverted; see `Inversions.fill`."""
+        super().begin(step, folder)
+        if self.inversions is not None:
+            self.inversions.fill(step, folder / "inversions", self.invert_to_grid, self.config.inversion_batch_size)
+
+    def loss(self, batch: PairBatch) -> LossOutput:
+        """See `PairTrainer.loss`; raises a TypeError for pairs that `source` did not give."""
+        check_kind(batch, self.config.cache_inversion)
+        return super().loss(batch)
+
+    def validate(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Metrics of fixed pairs, which are inverted anew each time."""
+        return super().loss(batch).metrics
+
+    def grid(self) -> Tensor:
+        """The levels that exact paths pass on their way to the greatest timestep, [L]; 0 for clean latents."""
+        return self.path(torch.tensor([self._trained_levels() - 1]))[0][:, 0].unique()[:-1]
+
+    def invert_to_grid(self, latents: Tensor, captions: Conditioning) -> Tensor:
+        """Where latents [N, C, ...] are at every level of the grid, [N, L, C, ...]."""
+        device = next(self.policy.denoiser.parameters()).device
+        states, captions = [at_least_float32(latents.to(device))], captions.to(device)
+        for move in pairwise(self.grid()):
+            levels = torch.stack(move)[:, None].expand(-1, len(latents))
+            states.append(self.walk(states[-1], levels, levels[1:], captions, ()))
+        return torch.stack(states, dim=1)
 
     # --- inversion -----------------------------------------------------------------------------------------------
 

@@ -95,6 +95,11 @@ class SelfNPO(Trainer):
         self._unconditional: Conditioning | None = None
         self._teacher: dict[str, Tensor] | None = None
 
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """See `Trainer.forwards`; without a prompt's part, w = -1, a move costs one pass."""
+        return {"policy": 1, "teacher": (config.teacher_steps + 1) * (1 if config.w == -1 else 2)}
+
     def describe(self) -> str:
         """One line for the start of a run."""
         config = self.config

@@ -102,6 +102,12 @@ class SePPO(PairTrainer):
         self.seed = 0
         self.folder: Path | None = None
 
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """See `Trainer.forwards`; a pair that a phase visits twice needs one sample."""
+        sample = config.num_inference_steps * (1 if config.guidance_scale == 1 else 2)
+        return {"policy": 2, "reference": 2, "further draws": 2 * (config.sgn_draws - 1), "sampling": sample}
+
     def describe(self) -> str:
         """One line for the start of a run; see `PairTrainer.describe`."""
         config = self.config

@@ -6,7 +6,7 @@ one timestep and one noise sample a visit. It knows nothing of what people rejec
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +33,11 @@ class SFT(Trainer):
     Config: ClassVar[type[TrainerConfig]] = SFTConfig
     learns_from: ClassVar[Data] = "winners"
     config: SFTConfig
+
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """See `Trainer.forwards`."""
+        return {"policy": 1, "reference": 1} if config.log_reference else {"policy": 1}
 
     def describe(self) -> str:
         """One line for the start of a run."""

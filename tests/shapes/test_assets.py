@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AnimateDiffPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors import safe_open
 
 from diffalign.backbones import load_policy
-from diffalign.eval import Shapes
+from diffalign.eval import Shapes, ShapesVideo
+from diffalign.eval.shapes import to_judge_pixels
+from diffalign.predictions import Prediction
 from diffalign.reward_models import ShapesScore
+from diffalign.shapes.clips import FRAMES, clip_prompts, judge_clip, parse_clip_prompt
 from diffalign.shapes.scenes import TASKS, draw_scene, prompts, render, spoil_scene
 
 ASSETS = Path(str(resources.files("diffalign.shapes"))) / "assets"
@@ -93,3 +96,50 @@ def test_the_base_is_worth_aligning_and_leaves_room() -> None:
     score = benchmark.aggregate(rows).scores["judge_score"].value
     assert score is not None
     assert 0.35 <= score <= 0.75
+
+
+@pytest.mark.slow
+def test_every_pipeline_is_small_and_a_stock_one() -> None:
+    flow = StableDiffusion3Pipeline.from_pretrained(ASSETS / "flow_pipeline", dtype=torch.float32, text_encoder_3=None)
+    assert type(flow.transformer).__name__ == "SD3Transformer2DModel"
+    video = AnimateDiffPipeline.from_pretrained(ASSETS / "video_pipeline", dtype=torch.float32, motion_adapter=None)
+    assert type(video.unet).__name__ == "UNetMotionModel"
+    for folder in ASSETS.iterdir():
+        assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 15e6, folder.name
+    sentences = [*(p.text for p in prompts("all")), *(p.text for p in clip_prompts("all"))]
+    assert max(len(video.tokenizer(text).input_ids) for text in sentences) <= 20
+
+
+@pytest.mark.slow
+def test_the_policies_know_their_sizes() -> None:
+    flow, video = load_policy("diffalign://shapes_flow"), load_policy("diffalign://shapes_video")
+    assert (flow.prediction, flow.latent_shape) == (Prediction.VELOCITY, (8, 8, 8))
+    assert flow.encode_prompts(["a photo of a circle"]).tensors["hidden"].shape == (1, 21, 144)
+    assert (video.num_frames, video.latent_shape) == (FRAMES, (8, FRAMES, 8, 8))
+
+
+@pytest.mark.slow
+def test_the_flow_transformer_is_worth_aligning_and_leaves_room() -> None:
+    policy, benchmark = load_policy("diffalign://shapes_flow"), Shapes(num_prompts=48)
+    cases = benchmark.cases()
+    images = policy.sample(
+        [c.prompt for c in cases], [c.seed for c in cases], guidance_scale=2.0, num_inference_steps=16
+    )
+    score = benchmark.aggregate(benchmark.score(images, cases)).scores["judge_score"].value
+    assert score is not None
+    assert 0.25 <= score <= 0.7
+
+
+@pytest.mark.slow
+def test_the_video_model_draws_what_is_asked_and_moves_it() -> None:
+    """Shape and colour in most clips; the motion is often none of the five."""
+    policy, benchmark = load_policy("diffalign://shapes_video"), ShapesVideo(num_prompts=10)
+    cases = benchmark.cases()
+    videos = policy.sample(
+        [c.prompt for c in cases], [c.seed for c in cases], guidance_scale=2.0, num_inference_steps=12
+    )
+    assert videos.shape == (10, FRAMES, 3, 64, 64)
+    rows = benchmark.score(videos, cases)
+    seen = [judge_clip(to_judge_pixels(v), parse_clip_prompt(c.prompt)) for v, c in zip(videos, cases, strict=True)]
+    assert sum(place is not None for verdict in seen for place in verdict.path) >= 45  # of 60 frames
+    assert 2 <= sum(row.evidence["motion"] is not None for row in rows)
