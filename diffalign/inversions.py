@@ -231,7 +231,7 @@ class Inversions:
             batch = rows[start : start + batch_size]
             both = self.clean_latents(batch).flatten(0, 1)
             states = invert(both, self.encoded.conditioning(batch).repeat(2)).float().cpu()
-            parts.append(states.unflatten(0, (2, len(batch))).transpose(0, 1))
+            parts.append(states.reshape(2, len(batch), *states.shape[1:]).transpose(0, 1))
             bar.update(len(batch))
         latents = torch.cat(parts).contiguous()  # [P, 2, L, C, ...]
         bad = (~latents.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
@@ -304,5 +304,5 @@ def _fingerprint(policy: Policy) -> str:
     scales = zip(("alphas", "sigmas"), policy.schedule.scales(levels), strict=True)
     for name, tensor in chain(denoiser.named_parameters(), denoiser.named_buffers(), scales):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

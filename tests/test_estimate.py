@@ -292,6 +292,8 @@ def test_an_adapter_that_is_not_there_is_refused_before_anything_is_loaded(
         ({"name": "sft"}, 2),
         ({"name": "sft", "log_reference": False}, 1),
         ({"name": "seppo", "num_inference_steps": 10, "guidance_scale": 2.0, "sgn_draws": 3}, 4 + 4 + 20),
+        ({"name": "inpo"}, 4 + 11),
+        ({"name": "inpo", "inversion_net": "reference", "cache_inversion": True}, 4 + 2),
         ({"name": "self_npo"}, 1 + 6),
         ({"name": "self_npo", "w": -5.0}, 1 + 12),
         ({"name": "d3po", "guidance_scale": 1.0}, 6),

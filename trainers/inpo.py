@@ -23,10 +23,9 @@ three points back, for comparison:
 
 The released code inverts with the policy, and so does the default; accounts of the paper name the reference, which is
 `inversion_net: reference`. The inversion is told the caption of the loss, dropped or not.
-With `cache_inversion` the reference inverts every pair once to all levels of the grid, and only the last move to t is
-left for the visits; see `diffalign.inversions`. Nine passes an image once and one a visit in the place of 5.5 a visit
-pay from the third visit on. It is off by default: the released run visits hardly a pair twice, and a pair then has one
-posterior sample, and one caption to invert with, for the whole run.
+With `cache_inversion` the reference inverts every pair once to all levels of the grid, nine passes, and a visit takes
+one for the last move to t instead of 5.5 for all; see `diffalign.inversions`. It is off by default: the released run
+visits hardly a pair twice, and a pair then has one posterior sample, and one caption to invert with, for all visits.
 """
 
 from __future__ import annotations
@@ -119,6 +118,11 @@ class InPO(PairTrainer):
     predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V})
     config: InPOConfig
 
+    @classmethod
+    def forwards(cls, config: Any) -> dict[str, float]:
+        """See `Trainer.forwards`; with the cache, after every pair was inverted once."""
+        return {"policy": 2, "reference": 2, "inversion": 2 if config.cache_inversion else config.inversion_steps + 1}
+
     def __init__(self, policy: Policy, config: InPOConfig | None = None, **options: Any) -> None:
         super().__init__(policy, config, **options)
         if not isinstance(self.schedule, DiscreteSchedule):
@@ -201,12 +205,13 @@ class InPO(PairTrainer):
 
     def grid(self) -> Tensor:
         """The levels that exact paths pass on their way to the greatest timestep, [L]; 0 for clean latents."""
-        return self.path(torch.tensor([self._trained_levels() - 1]))[0][:, 0].unique()[:-1]
+        levels = self.path(torch.tensor([self._trained_levels() - 1]))[0][:, 0]
+        return levels[:-1][levels.diff() > 0]
 
     def invert_to_grid(self, latents: Tensor, captions: Conditioning) -> Tensor:
         """Where latents [N, C, ...] are at every level of the grid, [N, L, C, ...]."""
         device = next(self.policy.denoiser.parameters()).device
-        states, captions = [at_least_float32(latents.to(device))], captions.to(device)
+        states, captions = [latents.to(device)], captions.to(device)
         for move in pairwise(self.grid()):
             levels = torch.stack(move)[:, None].expand(-1, len(latents))
             states.append(self.walk(states[-1], levels, levels[1:], captions, ()))

@@ -84,7 +84,7 @@ def test_the_scorer_prefers_the_scene_that_was_asked_for() -> None:
 def test_the_base_is_worth_aligning_and_leaves_room() -> None:
     """Judge score on held-out prompts between 0.35 and 0.75, with some guidance; without, there is more room."""
     policy = load_policy("diffalign://shapes")
-    benchmark = Shapes(num_prompts=120)
+    benchmark = Shapes(num_prompts=72)
     cases = benchmark.cases()
     rows = []
     for start in range(0, len(cases), 32):
@@ -120,7 +120,7 @@ def test_the_policies_know_their_sizes() -> None:
 
 @pytest.mark.slow
 def test_the_flow_transformer_is_worth_aligning_and_leaves_room() -> None:
-    policy, benchmark = load_policy("diffalign://shapes_flow"), Shapes(num_prompts=48)
+    policy, benchmark = load_policy("diffalign://shapes_flow"), Shapes(num_prompts=32)
     cases = benchmark.cases()
     images = policy.sample(
         [c.prompt for c in cases], [c.seed for c in cases], guidance_scale=2.0, num_inference_steps=16
@@ -133,13 +133,13 @@ def test_the_flow_transformer_is_worth_aligning_and_leaves_room() -> None:
 @pytest.mark.slow
 def test_the_video_model_draws_what_is_asked_and_moves_it() -> None:
     """Shape and colour in most clips; the motion is often none of the five."""
-    policy, benchmark = load_policy("diffalign://shapes_video"), ShapesVideo(num_prompts=10)
+    policy, benchmark = load_policy("diffalign://shapes_video"), ShapesVideo(num_prompts=5)
     cases = benchmark.cases()
     videos = policy.sample(
         [c.prompt for c in cases], [c.seed for c in cases], guidance_scale=2.0, num_inference_steps=12
     )
-    assert videos.shape == (10, FRAMES, 3, 64, 64)
+    assert videos.shape == (5, FRAMES, 3, 64, 64)
     rows = benchmark.score(videos, cases)
     seen = [judge_clip(to_judge_pixels(v), parse_clip_prompt(c.prompt)) for v, c in zip(videos, cases, strict=True)]
-    assert sum(place is not None for verdict in seen for place in verdict.path) >= 45  # of 60 frames
-    assert 2 <= sum(row.evidence["motion"] is not None for row in rows)
+    assert sum(place is not None for verdict in seen for place in verdict.path) >= 22  # of 30 frames
+    assert 1 <= sum(row.evidence["motion"] is not None for row in rows)
