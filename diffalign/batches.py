@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -67,7 +67,10 @@ class PairBatch:
         rejected: Latents of the other images (x^l), [B, C, ...].
         weight: Weight of each pair in the loss, [B].
         draws: Where each pair's random numbers come from, B entries.
+        stays_on_cpu: Names of tensors that no device needs.
     """
+
+    stays_on_cpu: ClassVar[frozenset[str]] = frozenset()
 
     conditioning: Conditioning
     chosen: Tensor
@@ -79,25 +82,27 @@ class PairBatch:
         return self.chosen.shape[0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
-        return replace(
-            self,
-            conditioning=self.conditioning.to(device, dtype),
-            chosen=self.chosen.to(device, dtype, non_blocking=self.chosen.is_pinned()),
-            rejected=self.rejected.to(device, dtype, non_blocking=self.rejected.is_pinned()),
-            weight=self.weight.to(device, non_blocking=self.weight.is_pinned()),
-        )
+        """Moved to a device, but for what `stays_on_cpu`; latents and conditioning also cast to `dtype` if given."""
+
+        def moved(name: str, value: Any) -> Any:
+            if name in self.stays_on_cpu or not isinstance(value, Tensor | Conditioning):
+                return value
+            if isinstance(value, Conditioning):
+                return value.to(device, dtype)
+            # One number for each pair, such as its weight, is no latent and keeps its precision.
+            return value.to(device, dtype if value.ndim > 1 else None, non_blocking=value.is_pinned())
+
+        return replace(self, **{f.name: moved(f.name, getattr(self, f.name)) for f in fields(self)})
 
     def pin_memory(self) -> Self:
         """The same batch in memory that a GPU copies from without waiting for the CPU; needs CUDA."""
-        conditioning = Conditioning({n: t.pin_memory() for n, t in self.conditioning.tensors.items()})
-        return replace(
-            self,
-            conditioning=conditioning,
-            chosen=self.chosen.pin_memory(),
-            rejected=self.rejected.pin_memory(),
-            weight=self.weight.pin_memory(),
-        )
+
+        def pinned(value: Any) -> Any:
+            if isinstance(value, Conditioning):
+                return Conditioning({n: t.pin_memory() for n, t in value.tensors.items()})
+            return value.pin_memory() if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: pinned(getattr(self, f.name)) for f in fields(self)})
 
     def to_state(self) -> dict[str, Any]:
         """Every field as plain values and tensors on the CPU, for `torch.save`; `from_state` makes the batch again."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,19 +61,12 @@ class InvertedPairs(PairBatch):
         captions: The prompts that both were inverted with, never dropped, B rows.
     """
 
+    stays_on_cpu: ClassVar[frozenset[str]] = frozenset({"start_levels"})
+
     start_chosen: Tensor
     start_rejected: Tensor
     start_levels: Tensor
     captions: Conditioning
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
-        return replace(
-            super().to(device, dtype),
-            start_chosen=self.start_chosen.to(device, dtype),
-            start_rejected=self.start_rejected.to(device, dtype),
-            captions=self.captions.to(device, dtype),
-        )
 
     def last_move(self, grid: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of the walk to `timesteps` [2B]: its latents, chosen first, [2B, C, ...], and levels [2, 2B].

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -109,22 +109,14 @@ class TransitionPairs(PairBatch):
         unconditional: What guidance contrasts the prompts with, one row.
     """
 
+    stays_on_cpu: ClassVar[frozenset[str]] = frozenset({"timesteps", "next_timesteps"})
+
     next_chosen: Tensor
     next_rejected: Tensor
     timesteps: Tensor
     next_timesteps: Tensor
     preference: Tensor
     unconditional: Conditioning
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moved to a device; latents and conditioning also cast to `dtype` if one is given."""
-        return replace(
-            super().to(device, dtype),
-            next_chosen=self.next_chosen.to(device, dtype),
-            next_rejected=self.next_rejected.to(device, dtype),
-            preference=self.preference.to(device),
-            unconditional=self.unconditional.to(device, dtype),
-        )
 
 
 def sampling_grid(schedule: Schedule, steps: int) -> Tensor:

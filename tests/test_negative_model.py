@@ -30,6 +30,7 @@ def negative(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, poli
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_written_down_and_not_mixed(tiny_pipeline: Path, negative: Path, tmp_path: Path) -> None:
     policy: Any = load_policy(str(tiny_pipeline))
     policy.put_negative(negative, alpha=0.5, scale=0.8)

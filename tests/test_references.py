@@ -18,7 +18,9 @@ def outputs(policy: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return policy.predict(*arguments), policy.frozen().predict(*arguments)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full", "continued"])
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "full", "continued"))]
+)
 def test_the_reference_is_the_named_state(
     kind: str, tiny_pipeline: Path, tmp_path: Path, policies: Any, batches: Any
 ) -> None:
@@ -56,6 +58,7 @@ def test_the_reference_is_the_named_state(
     torch.testing.assert_close(outputs(policy, batch)[1], kept, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_later_process_finds_the_states(tiny_pipeline: Path, tmp_path: Path, policies: Any, batches: Any) -> None:
     batch = batches(2)
     policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)

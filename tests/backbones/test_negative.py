@@ -115,6 +115,7 @@ def outputs(policy: Any, module: Any, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("positive", [None, pytest.param("positive", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_adapters_and_whole_weights_are_one_model(
     positive: str | None, tiny_pipeline: Path, weights: dict[str, Path], batches: Any
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_reference_draws_with_it_too(tiny_pipeline: Path, weights: dict[str, P
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_files_hold_is_told_by_their_content(
     tiny_pipeline: Path, weights: dict[str, Path], tmp_path: Path
 ) -> None:

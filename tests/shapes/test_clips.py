@@ -48,6 +48,7 @@ def test_prompts_say_what_they_mean() -> None:
     assert {row.extras["task"] for row in rows} == set(MOTIONS)
 
 
+@pytest.mark.slow
 def test_the_judge_reads_what_was_drawn_and_nothing_else() -> None:
     generator = np.random.default_rng(0)
     for prompt in clip_prompts("train")[::23]:
@@ -78,6 +79,7 @@ def test_the_judge_tells_object_and_motion_apart() -> None:
         judge_clip(frames[0], prompt)
 
 
+@pytest.mark.slow
 def test_pairs_on_disk_keep_their_order(tmp_path: Path) -> None:
     pytest.importorskip("av")
     index = write_clip_pairs(tmp_path, 4, seed=3)

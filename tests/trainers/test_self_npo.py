@@ -138,6 +138,7 @@ def test_one_move_is_ddims(lora_policy: Any, batches: Any) -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
+@pytest.mark.slow
 def test_the_loss_compares_the_students_clean_image_with_the_teachers(
     lora_policy: Any, policies: Any, batches: Any, loss_type: Any
 ) -> None:
@@ -162,6 +163,7 @@ def test_the_loss_compares_the_students_clean_image_with_the_teachers(
     assert all(p.grad is not None for p in lora_policy.trainable_parameters())
 
 
+@pytest.mark.slow
 def test_pure_noise_needs_no_image(lora_policy: Any, batches: Any) -> None:
     import dataclasses
 
