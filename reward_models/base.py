@@ -25,6 +25,7 @@ __all__ = [
     "RewardInfo",
     "RewardModel",
     "RewardOutput",
+    "Scores",
     "WeightSpec",
     "WeightsError",
 ]
@@ -112,6 +113,23 @@ class RewardOutput:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What `score_prepared` gives for B media, where scores alone do not say everything.
+
+    Attributes:
+        dims: Scores by name, each [B]; NaN for an item that has none.
+        uncertainty: Standard deviation of the primary score [B], for models that estimate one.
+        raw: Generated texts [B], for models that answer in words.
+        errors: Why an item has no score, such as an answer that cannot be read; None for the others.
+    """
+
+    dims: Mapping[str, Tensor]
+    uncertainty: Tensor | None = None
+    raw: Sequence[str] | None = None
+    errors: Sequence[str | None] | None = None
+
+
+@dataclass(frozen=True)
 class PairOutput:
     """Judgement of N pairs, on the CPU.
 
@@ -172,8 +190,8 @@ class RewardModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def score_prepared(self, prepared: Sequence[Any], texts: Sequence[Any]) -> Mapping[str, Tensor]:
-        """Scores by dimension, each [B], of B preprocessed media and their B encoded prompts."""
+    def score_prepared(self, prepared: Sequence[Any], texts: Sequence[Any]) -> Mapping[str, Tensor] | Scores:
+        """Scores by dimension, each [B], of B preprocessed media and their B encoded prompts; or these and more."""
 
     def encode_text(self, prompts: Sequence[str], batch_size: int) -> Sequence[Any] | Tensor:
         """What `score_prepared` needs of each prompt, one entry per prompt; called once with unique prompts."""
@@ -214,20 +232,36 @@ class RewardModel(nn.Module, ABC):
         encoded = self.encode_text(unique, batch_size) if items else []
         dims = {name: torch.full((len(items),), float("nan")) for name in self.info.dims}
         errors: list[str | None] = [None] * len(items)
+        uncertainty: Tensor | None = None
+        raw: list[str] | None = None
         for start in range(0, len(items), batch_size):
             good, prepared = self._prepare(items, range(start, min(start + batch_size, len(items))), errors, on_invalid)
-            if good:
-                for name, values in self.score_prepared(prepared, [encoded[rows[i]] for i in good]).items():
-                    dims[name][good] = values.detach().float().cpu()
+            if not good:
+                continue
+            found = self.score_prepared(prepared, [encoded[rows[i]] for i in good])
+            found = found if isinstance(found, Scores) else Scores(found)
+            for name, values in found.dims.items():
+                dims[name][good] = values.detach().float().cpu()
+            if found.uncertainty is not None:
+                uncertainty = torch.full((len(items),), float("nan")) if uncertainty is None else uncertainty
+                uncertainty[good] = found.uncertainty.detach().float().cpu()
+            for i, answer in zip(good, found.raw or (), strict=found.raw is not None):
+                raw = [""] * len(items) if raw is None else raw
+                raw[i] = answer
+            for i, reason in zip(good, found.errors or (), strict=found.errors is not None):
+                errors[i] = None if reason is None else f"medium {i}: {reason}"
         primary = dims[self.info.dims[-1]]
         for i, value in enumerate(primary.isfinite().tolist()):
             if not value and errors[i] is None:
                 errors[i] = f"medium {i}: {self.info.name} gave a score that is not finite"
-                if on_invalid == "raise":
-                    raise InvalidMediaError(errors[i])
+            if on_invalid == "raise" and errors[i] is not None:
+                raise InvalidMediaError(errors[i])
         valid = torch.tensor([e is None for e in errors], dtype=torch.bool)
         dims = {name: values.masked_fill(~valid, float("nan")) for name, values in dims.items()}
-        return RewardOutput(dims[self.info.dims[-1]], dims, valid, tuple(errors))
+        if uncertainty is not None:
+            uncertainty = uncertainty.masked_fill(~valid, float("nan"))
+        answers = None if raw is None else tuple(raw)
+        return RewardOutput(dims[self.info.dims[-1]], dims, valid, tuple(errors), uncertainty, answers)
 
     def forward(self, images: MediaBatch, prompts: str | Sequence[str]) -> Tensor:
         """Primary scores [B], float32 on the CPU, without gradient: all that a trainer sees.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderKL, UNet2DConditionModel
@@ -12,14 +13,15 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.backbones.sd import schedule_from_config
+from diffalign.schedules import expand
 from diffalign.shapes import networks
 from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, render_clip
 from diffalign.shapes.stages import Stage, generators, to_pixels
 
 WRONG_SHARE = 0.5
-"""How many of the clips move in another way than their prompt says."""
-LATER_WRONG_SHARE = 0.3
-"""How many of those that the second half of the training sees do: what is left for alignment to mend."""
+"""How many of the clips move in another way than their prompt says: what is left for alignment to mend."""
+NOISY_SHARE = 0.5
+"""How many timesteps are drawn from the noisier half, at which the motion is decided."""
 CLIPS_PER_STEP = 8
 
 
@@ -64,13 +66,14 @@ def extend_text_encoder(
 
 def train_video(
     work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, seed: int,
-    steps: tuple[int, int], clips: int,
+    steps: tuple[int, int], clips: int, *, compiled: bool = False,
 ) -> AnimateDiffPipeline:  # fmt: skip
     """Motion modules, image UNet and text encoder together, from the trained image model's weights.
 
-    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers. The
-    first half learns to draw clips, with the image model's loss; the second which motion is meant, on fewer wrong clips
-    and with the noisy timesteps weighted up, at which motion is decided.
+    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers. They
+    say most where there is most noise, how far to the left a clip must start that moves right, and an error of epsilon
+    hardly shows that: the video model predicts velocities (v-prediction, Salimans & Ho 2022, arXiv:2202.00512), which
+    are the scene itself there. It sees clips that move as told first, and then wrong ones among them.
 
     Args:
         work: Folder of the states and of the encoded clips.
@@ -78,8 +81,9 @@ def train_video(
         text_encoder: Of the image model.
         unet: Of the image model.
         seed: Of everything random.
-        steps: Training steps of `CLIPS_PER_STEP` clips, of both halves.
+        steps: Training steps of `CLIPS_PER_STEP` clips, on right ones and then on mixed ones.
         clips: How many clips are encoded.
+        compiled: Compile the UNet, with numbers that differ in the last digits.
     """
     torch.manual_seed(seed + 4)
     texts = [prompt.text for prompt in clip_prompts("all")]
@@ -88,38 +92,35 @@ def train_video(
     motion_unet = networks.build_motion_unet(unet, FRAMES).to(memory_format=torch.channels_last)
     motion_unet.requires_grad_(True)
     moments, told, wrong = encode_clips(vae, work, seed, clips)
-    right_rows, wrong_rows = torch.nonzero(~wrong)[:, 0], torch.nonzero(wrong)[:, 0]
-    kept = int(len(right_rows) * LATER_WRONG_SHARE / (1 - LATER_WRONG_SHARE))
-    subsets = (torch.arange(len(told)), torch.cat([right_rows, wrong_rows[:kept]]))
+    subsets = (torch.nonzero(~wrong)[:, 0], torch.arange(len(told)))
     mean, std = moments.chunk(2, dim=1)
     own = networks.build_tokenizer(texts)  # padding leaves its mark on the one that is saved
     ids, empty = (
         own(words, padding="max_length", truncation=True, return_tensors="pt").input_ids for words in (told, [""])
     )
-    schedule = schedule_from_config(networks.build_scheduler().config)
+    schedule = schedule_from_config(networks.build_scheduler("v_prediction").config)
+    predict: Any = torch.compile(motion_unet) if compiled else motion_unet
     modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "unet": motion_unet}
 
-    def loss_of(step: int, half: int) -> Tensor:
-        generator = generators(seed, 13 + half, step)[1]
-        rows = subsets[half][torch.randint(len(subsets[half]), (CLIPS_PER_STEP,), generator=generator)]
+    def loss_of(step: int, mixed: bool) -> Tensor:
+        generator = generators(seed, 13 + mixed, step)[1]
+        rows = subsets[mixed][torch.randint(len(subsets[mixed]), (CLIPS_PER_STEP,), generator=generator)]
         chosen = mean[rows]
         latents = (chosen + std[rows] * torch.randn(chosen.shape, generator=generator)) * vae.config.scaling_factor
         noise = torch.randn(chosen.shape, generator=generator)
+        noisier = torch.rand(CLIPS_PER_STEP, generator=generator) < NOISY_SHARE
         timesteps = torch.randint(1000, (CLIPS_PER_STEP,), generator=generator)
+        timesteps = torch.where(noisier, 500 + timesteps // 2, timesteps)
         dropped = torch.rand(CLIPS_PER_STEP, 1, generator=generator) < 0.1
         hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
         noisy = schedule.add_noise(latents, noise, timesteps)
-        output = motion_unet(noisy, timesteps, hidden.repeat_interleave(FRAMES, dim=0)).sample
-        errors = (output - noise).square().mean((1, 2, 3, 4))
-        alphas = schedule.alphas_cumprod[timesteps].float()
-        ratio = alphas / (1 - alphas)
-        # Min-SNR weights, as the image model's; then those of the error of x0, as far as 20 times that of epsilon.
-        weights = ratio.clamp(max=5.0) / ratio if half == 0 else (1 / ratio).clamp(0.2, 20.0)
-        loss: Tensor = (errors * weights).mean()
+        output = predict(noisy, timesteps, hidden.repeat_interleave(FRAMES, dim=0), return_dict=False)[0]
+        signal, spread = (expand(scale, latents) for scale in schedule.scales(timesteps))
+        loss: Tensor = (output - (signal * noise - spread * latents)).square().mean()
         return loss
 
-    for half, name in enumerate(("video", "video_told")):
-        stage = Stage(name, work, modules, lr=6e-4, steps=steps[half], ema=0.998 - 0.008 * half, cooldown=0.3)
-        stage.run(partial(loss_of, half=half))
+    for name, mixed in (("video", False), ("video_mixed", True)):
+        stage = Stage(name, work, modules, lr=6e-4, steps=steps[mixed], ema=0.99, cooldown=0.3)
+        stage.run(partial(loss_of, mixed=mixed))
     stage.load_average()
     return networks.build_video_pipeline(tokenizer, text_encoder, vae, motion_unet)

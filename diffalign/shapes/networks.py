@@ -116,14 +116,14 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
+def build_scheduler(prediction_type: str = "epsilon") -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule, sampled with DPM-Solver++ (2M)."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         steps_offset=1,
         timestep_spacing="leading",
     )
@@ -243,5 +243,5 @@ def build_video_pipeline(
         tokenizer=tokenizer,
         unet=unet,
         motion_adapter=None,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler("v_prediction"),
     )

@@ -1,0 +1,89 @@
+"""Texts that a published model must see byte for byte: checklists, instruction templates, weights of answers.
+
+They are treated like weights: read from a local copy, or fetched once from their official home at a pinned revision,
+and checked by their SHA-256 either way. The package contains none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from diffalign.resumable import write_atomically
+from diffalign.reward_models.base import WeightsError
+
+__all__ = ["PublishedText", "read_text"]
+
+TIMEOUT = 30.0
+"""Seconds that a server may take."""
+LARGEST = 4_000_000
+"""Bytes of a text that are read at most."""
+
+
+@dataclass(frozen=True)
+class PublishedText:
+    """One published text.
+
+    Attributes:
+        filename: Its name in a local folder and in the cache.
+        url: Its official home, at a pinned revision.
+        sha256: Of its bytes, in hexadecimal digits.
+    """
+
+    filename: str
+    url: str
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Where fetched texts are kept: DIFFALIGN_CACHE, or `diffalign` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffalign"
+    return Path(os.environ.get("DIFFALIGN_CACHE", default)).expanduser() / "texts"
+
+
+def read_text(text: PublishedText, folder: str | Path | None = None, local_files_only: bool | None = None) -> str:
+    """The text, from `folder`, else from the cache, else from its home.
+
+    Args:
+        text: Which one.
+        folder: A local folder that has the file; then nothing is fetched.
+        local_files_only: Never ask the network; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: If it is not there or not byte for byte the published one.
+    """
+    how = f"copy {text.url} to a local folder as {text.filename!r} and pass the folder"
+    if folder is not None:
+        path = Path(folder).expanduser() / text.filename
+        if not path.is_file():
+            raise WeightsError(f"there is no {text.filename!r} in {str(folder)!r}; {how}")
+        return _checked(path.read_bytes(), text, str(path))
+    path = cache_folder() / text.sha256[:12] / text.filename
+    if not path.is_file():
+        if HF_HUB_OFFLINE if local_files_only is None else local_files_only:
+            raise WeightsError(f"{text.filename!r} is not in the cache, {str(path.parent)!r}, nor to be fetched; {how}")
+        try:
+            with urllib.request.urlopen(text.url, timeout=TIMEOUT) as answer:
+                content = answer.read(LARGEST)
+        except OSError as error:
+            raise WeightsError(f"cannot fetch {text.url}: {error}; {how}") from error
+        decoded = _checked(content, text, text.url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+        return decoded
+    return _checked(path.read_bytes(), text, str(path))
+
+
+def _checked(content: bytes, text: PublishedText, where: str) -> str:
+    found = sha256(content).hexdigest()
+    if found != text.sha256:
+        raise WeightsError(
+            f"{where} is not the published {text.filename!r}: its SHA-256 is {found[:16]}..., expected "
+            f"{text.sha256[:16]}...; scores with another text are scores of another model"
+        )
+    return content.decode("utf-8")
