@@ -12,11 +12,12 @@ INSTALLED := $(VENV)/.diffalign-installed
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo results test test-fast test-all check format build clean
+.PHONY: help install demo results bench-scoring test test-fast test-all check format build clean
 
 help:
 	@echo "make demo       align the embedded model and write runs/demo/report.html (under five minutes)"
 	@echo "make results    every method on the embedded models, seeds $(SEEDS), into docs/results.md; goes on where it was"
+	@echo "make bench-scoring  pictures per second of a CLIP scorer, batched and one by one, and of the journal"
 	@echo "make test       all tests that need neither network nor accelerator"
 	@echo "make test-fast  the quick ones (under a minute)"
 	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
@@ -37,6 +38,9 @@ demo: install
 
 results: install
 	@$(BIN)/python -m benchmarks.results --seeds $(SEEDS) $(if $(CELLS),--only $(CELLS))
+
+bench-scoring: install
+	@$(BIN)/python -m benchmarks.scoring $(if $(FULL_SIZE),--full-size)
 
 test: install
 	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu and not network"

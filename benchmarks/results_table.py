@@ -18,7 +18,7 @@ NOTES = Path(__file__).resolve().parent / "results" / "notes.json"
 MODELS = {
     "unet": "UNet, epsilon prediction (`diffalign://shapes`)",
     "flow": "Flow transformer (`diffalign://shapes_flow`)",
-    "video": "Video UNet (`diffalign://shapes_video`)",
+    "video": "Video transformer, v prediction (`diffalign://shapes_video`)",
 }
 CLAIMS = (
     ("unet", "seppo", "sft", "SePPO against SFT on the same winners"),

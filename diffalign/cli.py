@@ -121,14 +121,90 @@ def rollout(config: str, overrides: tuple[str, ...]) -> None:
     _print(_commands().rollout(config, overrides))
 
 
+class _SeveralNames(click.Command):
+    """A command whose option `--reward` takes all the names that follow it: `--reward a b` is `--reward a --reward b`.
+
+    Where no argument is left over, the last of the names is the command's INPUT.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        many = next(option for option in self.params if isinstance(option, click.Option) and option.multiple)
+        taking = {n for p in self.params if isinstance(p, click.Option) and not p.is_flag for n in p.opts} - {
+            *many.opts
+        }
+        names: list[str] = []
+        rest: list[str] = []
+        arguments = 0
+        words = iter(args)
+        word = next(words, None)
+        while word is not None:
+            following = next(words, None)
+            if word in many.opts:
+                while following is not None and not following.startswith("-"):
+                    names.append(following)
+                    following = next(words, None)
+            else:
+                rest.append(word)
+                if word in taking and following is not None:
+                    rest.append(following)
+                    following = next(words, None)
+                elif not word.startswith("-"):
+                    arguments += 1
+            word = following
+        if not arguments and len(names) > 1:
+            rest.append(names.pop())
+        return super().parse_args(ctx, [*rest, *(text for name in names for text in (many.opts[0], name))])
+
+
+@cli.command(cls=_SeveralNames)
+@click.argument("source", metavar="INPUT")
+@click.option(
+    "--reward",
+    "--model",
+    "rewards",
+    multiple=True,
+    required=True,
+    metavar="NAME[=PATH]...",
+    help="Reward models, see `diffalign rewards`; with a path or Hub id for other weights. One behind a server is "
+    "remote=http://HOST:PORT#NAME. May be repeated.",
+)
+@click.option("--output", default=None, help="Scores as .jsonl or .parquet; default: scores.jsonl beside the index.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Threads that read and resize; 0: one per core.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--image-column", default=None, help="Field or column of the media; default: image, video, file_name, ..."
+)
+@click.option("--prompt-column", default=None, help="Field or column of the prompts; default: prompt, text, caption.")
+@click.option("--histograms/--no-histograms", default=True, show_default=True, help="Draw them beside the output.")
+def score(source: str, rewards: tuple[str, ...], output: str | None, **options: Any) -> None:
+    """Score the images or videos of INPUT with one or more reward models. Goes on where it was stopped.
+
+    INPUT is a folder (the prompt of a.png in a.txt, or a metadata.jsonl or .csv as imagefolder reads it), a JSONL with
+    id, prompt and image, or a parquet file with paths or bytes.
+    """
+    _print(_commands().score(source, rewards, output, **options))
+
+
 @cli.command()
-@click.argument("index")
-@click.option("--model", "models", multiple=True, required=True, help="Reward model; may be repeated.")
-@click.option("--output", default=None, help="Scores as JSONL; default: scores.jsonl beside the index.")
-@click.option("--batch-size", type=int, default=32, show_default=True)
-def score(index: str, models: tuple[str, ...], output: str | None, batch_size: int) -> None:
-    """Score the images of INDEX (a JSONL with id, prompt, image). Goes on where it was stopped."""
-    _print(_commands().score(index, models, output, batch_size))
+@click.option("--json", "as_json", is_flag=True, help="Everything that is known, for programs.")
+def rewards(as_json: bool) -> None:
+    """List the reward models: kind, dimensions, licence, weights, memory, differentiable or not."""
+    click.echo(_commands().rewards(as_json))
+
+
+@cli.command("serve-reward")
+@click.argument("rewards", nargs=-1, required=True, metavar="NAME[=PATH]...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine need --token-env.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--token-env", default=None, help="Environment variable with the token that clients have to send.")
+@click.option("--max-body", type=click.IntRange(min=1), default=64_000_000, show_default=True, help="Bytes a request.")
+@click.option("--max-pixels", type=click.IntRange(min=1), default=50_000_000, show_default=True, help="Of one medium.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def serve_reward(rewards: tuple[str, ...], **options: Any) -> None:
+    """Score what other machines send over HTTP; their side is the reward model `remote`."""
+    _commands().serve_reward(rewards, **options)
 
 
 @cli.command()

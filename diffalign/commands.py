@@ -7,6 +7,7 @@ data columns, checkpoints of another configuration.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffalign.media_checks import check_judges, check_media_settings, check_sco
 from diffalign.mining import mine_pairs
 from diffalign.processes import launched
 from diffalign.prompts import read_prompts
+from diffalign.resumable import write_atomically
 from diffalign.training import checked, train_config
 from diffalign.validating import judge_side
 
@@ -100,17 +102,89 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     return f"{facts}\npairs: {out / 'index.jsonl'}"
 
 
-def score(index: str, models: Sequence[str], output: str | None, batch_size: int) -> str:
+def score(
+    source: str,
+    rewards: Sequence[str],
+    output: str | None,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    dtype: str = "float32",
+    image_column: str | None = None,
+    prompt_column: str | None = None,
+    histograms: bool = True,
+) -> str:
     """Body of `diffalign score`."""
-    from diffalign.reward_models import load_reward_model
-    from diffalign.reward_models.scoring import score_index
+    from diffalign.reward_models import reward_model_info
+    from diffalign.reward_models.inputs import HISTOGRAMS, open_input
+    from diffalign.reward_models.score_files import check_suffix
+    from diffalign.reward_models.scoring import check_models, score_index
+    from diffalign.reward_models.scoring_report import draw_histograms
 
-    if not Path(index).is_file():
-        raise ValueError(f"index {index!r} does not exist; expected a JSONL file with the fields id, prompt, image")
-    out = Path(output) if output else Path(index).with_name("scores.jsonl")
+    place = Path(source).expanduser()
+    out = (
+        Path(output) if output else place.with_name(f"{place.name}.scores.jsonl" if place.is_dir() else "scores.jsonl")
+    )
+    check_suffix(out)
+    infos = [reward_model_info(name.partition("=")[0]) for name in rewards]
+    rows = open_input(place, image_column=image_column, prompt_column=prompt_column)
+    rows.check_output(out)
+    check_models(rows, infos)
     processes = launched()
-    loaded = [load_reward_model(name, device=pick_device()) for name in models]
-    return f"{score_index(index, loaded, out, batch_size, processes=processes)}\nscores: {out}"
+    models = _load_rewards(rewards, dtype)
+    threads = workers or min(os.cpu_count() or 1, 16)
+    for model in models:
+        model.workers = threads
+    summary = score_index(rows, models, out, batch_size, processes=processes, workers=threads)
+    lines = [str(summary), f"scores: {out}"]
+    picture = draw_histograms(summary.columns) if histograms and processes.is_first else None
+    if picture is not None:
+        drawn = out.with_name(out.stem + HISTOGRAMS)
+        write_atomically(drawn, picture)
+        lines.append(f"histograms: {drawn}")
+    return "\n".join(lines)
+
+
+def rewards(as_json: bool = False) -> str:
+    """Body of `diffalign rewards`."""
+    from diffalign.reward_models.catalogue import catalogue, render_catalogue, render_json
+
+    return render_json(catalogue()) if as_json else render_catalogue(catalogue())
+
+
+def serve_reward(
+    rewards: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_env: str | None = None,
+    max_body: int = 64_000_000,
+    max_pixels: int = 50_000_000,
+    batch_size: int = 32,
+    dtype: str = "float32",
+) -> None:
+    """Body of `diffalign serve-reward`; returns when it is interrupted."""
+    from diffalign.reward_models.server import build_app, check_access, run_server
+    from diffalign.reward_models.wire import Limits
+
+    token = os.environ.get(token_env) if token_env else None
+    if token_env and not token:
+        raise ValueError(f"the environment variable {token_env!r} is not set; put the token into it")
+    check_access(host, token)
+    app = build_app(
+        _load_rewards(rewards, dtype), token=token, limits=Limits(max_body, max_pixels), batch_size=batch_size
+    )
+    run_server(app, host, port)
+
+
+def _load_rewards(names: Sequence[str], dtype: str) -> list[Any]:
+    """Reward models by NAME or NAME=PATH."""
+    from diffalign.reward_models import load_reward_model
+
+    options: dict[str, Any] = {"device": pick_device()}
+    options |= {} if dtype == "float32" else {"dtype": getattr(torch, dtype)}
+    pairs = [name.partition("=") for name in names]
+    return [load_reward_model(name, path=path or None, **options) for name, _, path in pairs]
 
 
 def report(run_dir: str, output: str | None) -> str:

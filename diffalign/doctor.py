@@ -32,6 +32,7 @@ PACKAGES = (
 FEATURES = (
     ("CLIP, PickScore and HPS scorers", "open-clip-torch", "pip install open-clip-torch"),
     ("video files", "av", "pip install 'diffalign[video]'"),
+    ("diffalign serve-reward", "fastapi", "pip install 'diffalign[serve]'"),
     ("TensorBoard logs", "tensorboard", "pip install 'diffalign[tensorboard]'"),
     ("Weights & Biases logs", "wandb", "pip install 'diffalign[wandb]'"),
     ("optimizer adamw_8bit, quantization nf4", "bitsandbytes", "pip install 'diffalign[quantization]'"),

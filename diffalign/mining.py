@@ -169,7 +169,10 @@ def mine_pairs(
     origin = config.model_dump(include={"prompts", "num_prompts", "task_weights", "num_images_per_prompt", "seed"})
     made_from = {**(settings or {}), **origin}
     generate(policy, requests, out_dir / CANDIDATES, sampling, settings=made_from, processes=processes)
-    rows = score_images(reward_model, requests, out_dir, config.score_batch_size, processes)
+    batch_size = config.score_batch_size
+    if reward_model.info.groupwise:  # such a score needs all images of a prompt in one call
+        batch_size = -(-batch_size // config.num_images_per_prompt) * config.num_images_per_prompt
+    rows = score_images(reward_model, requests, out_dir, batch_size, processes)
     sign = 1.0 if reward_model.info.higher_is_better else -1.0
     return processes.on_first(lambda: _pair_up(config, requests, rows, sign, out_dir))
 

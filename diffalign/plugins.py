@@ -15,7 +15,42 @@ from typing import Any, Literal
 Kind = Literal["trainers", "reward_models", "eval"]
 
 _NOUNS = {"trainers": "trainer", "reward_models": "reward model", "eval": "benchmark"}
-_SHARED = {"base", "clip_towers", "compare", "media", "report", "scoring", "statistics", "tables", "weights"}
+_SHARED = {
+    "answering",
+    "base",
+    "blip",
+    "catalogue",
+    "chat_server",
+    "checkpoints",
+    "clip_flant5",
+    "clip_towers",
+    "compare",
+    "formulas",
+    "http_json",
+    "inputs",
+    "judge_answers",
+    "judge_tasks",
+    "judging",
+    "local_vlm",
+    "media",
+    "mps_network",
+    "pal_heads",
+    "pickled_modules",
+    "preferences",
+    "published_texts",
+    "qwen_heads",
+    "report",
+    "score_files",
+    "score_journal",
+    "scoring",
+    "scoring_report",
+    "server",
+    "statistics",
+    "tables",
+    "text_cache",
+    "weights",
+    "wire",
+}
 """Modules of the plugin folders that are no plugins themselves."""
 
 

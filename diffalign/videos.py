@@ -6,7 +6,7 @@ Nothing here imports torch or PyAV before a function needs it.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -107,6 +107,41 @@ def read_all_frames(file: BinaryIO) -> list[Image.Image]:
             return [_upright(frame) for _, _, frame in _timed_frames(container)]
     except av.FFmpegError as error:
         raise VideoError(f"no readable video ({error.strerror})") from error
+
+
+def choose_frames(file: BinaryIO, choose: Callable[[int, float | None], Sequence[int]]) -> list[Image.Image]:
+    """The frames of a clip with given numbers, chosen when it is known how many there are; RGB and upright.
+
+    The file is decoded twice, once to count, so that only the chosen frames are ever held as pictures: what containers
+    say about their number of frames is not reliable.
+
+    Args:
+        file: As in `read_frames`; it must be seekable.
+        choose: Numbers of frames, in rising order, from how many there are and how many per second.
+
+    Raises:
+        VideoError: If the file is damaged or has no video.
+    """
+    av = require_av()
+    options = {"protocol_whitelist": "none"}
+    try:
+        with av.open(file, metadata_errors="ignore", options=options) as container:
+            total = sum(1 for _ in _timed_frames(container))
+            rate = container.streams.video[0].average_rate
+        if not total:
+            raise VideoError("a video without frames")
+        wanted = list(choose(total, float(rate) if rate else None))
+        chosen: dict[int, Image.Image] = {}
+        file.seek(0)
+        with av.open(file, metadata_errors="ignore", options=options) as container:
+            for number, (_, _, frame) in enumerate(_timed_frames(container)):
+                if number in wanted:
+                    chosen[number] = _upright(frame)
+                if wanted and number == wanted[-1]:
+                    break
+    except av.FFmpegError as error:
+        raise VideoError(f"no readable video ({error.strerror})") from error
+    return [chosen[number] for number in wanted]
 
 
 def _timed_frames(container: Any) -> Iterator[tuple[Fraction, Fraction, Any]]:

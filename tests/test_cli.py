@@ -58,7 +58,7 @@ def test_version() -> None:
 
 def test_commands_are_the_documented_ones() -> None:
     work = {"demo", "sample", "pairs", "rollout", "score", "train", "train-reward", "evaluate", "report", "doctor"}
-    assert set(cli.commands) == work | {"export", "card", "push"}
+    assert set(cli.commands) == work | {"export", "card", "push", "rewards", "serve-reward"}
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert [name for name in cli.commands if f"diffalign {name}" not in readme] == []
 
@@ -130,6 +130,18 @@ USER_ERRORS = {
     "index that is not there": (
         ["score", "nothing.jsonl", "--model", "shapes"],
         ["index 'nothing.jsonl' does not exist"],
+    ),
+    "scores of an unknown kind": (
+        ["score", "nothing.jsonl", "--reward", "shapes", "clipscore", "--output", "scores.csv"],
+        ["scores are written as .jsonl or .parquet, got 'scores.csv'"],
+    ),
+    "unknown reward model among several": (
+        ["score", "nothing.jsonl", "--reward", "shapes", "clipscor"],
+        ["unknown reward model 'clipscor'; did you mean 'clipscore'?"],
+    ),
+    "server for others without a token": (
+        ["serve-reward", "shapes", "--host", "0.0.0.0"],
+        ["listening on 0.0.0.0 without a token would let everyone in", "--token-env"],
     ),
     "run folder that is not there": (
         ["report", "nothing"],

@@ -44,8 +44,9 @@ class CogVideoXPolicy(PipelinePolicy):
         self.size = size or (int(config.sample_height) * factor, int(config.sample_width) * factor)
         self.num_frames = num_frames or int(config.sample_frames)
         compression = int(self.pipeline.vae_scale_factor_temporal)
-        # the autoencoder decodes pairs of latent frames; an even count comes back with more frames than it was made of
-        if (self.num_frames - 1) % (2 * compression):
+        # the autoencoder decodes pairs of latent frames; an even count comes back with more frames than it was made of,
+        # unless it does not compress time
+        if compression > 1 and (self.num_frames - 1) % (2 * compression):
             raise ValueError(
                 f"num_frames: expected a multiple of {2 * compression} plus one, got {self.num_frames}; "
                 f"use {(self.num_frames - 1) // (2 * compression) * 2 * compression + 1}"

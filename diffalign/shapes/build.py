@@ -262,8 +262,10 @@ class Lengths:
         scorer: Steps of the scorer.
         flow: Steps of the flow transformer on clean drawings.
         flow_mixed: Steps of the flow transformer on mixed ones.
-        video: Steps of the video model, its first half.
-        video_told: Steps of its second half.
+        vae_frames: Steps of the autoencoder's decoder for clips.
+        video_words: Steps of the video model at pure noise.
+        video: Steps of the video model on clips that move as told.
+        video_mixed: Steps of the video model on right and wrong clips.
         scenes: Scenes that are encoded.
         clips: Clips that are encoded.
     """
@@ -274,13 +276,18 @@ class Lengths:
     scorer: int = 1875
     flow: int = 3000
     flow_mixed: int = 1800
-    video: int = 900
-    video_told: int = 450
+    vae_frames: int = 300
+    video_words: int = 450
+    video: int = 2000
+    video_mixed: int = 300
     scenes: int = 30_000
     clips: int = 4000
 
 
-STAGES = ("vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "video", "video_told")
+STAGES = (
+    "vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "vae_frames", "video_words", "video",
+    "video_mixed",
+)  # fmt: skip
 
 
 def build(
@@ -292,7 +299,7 @@ def build(
         out: Where everything goes.
         seed: Of everything random.
         lengths: How long each training is.
-        compiled: See `train_flow`.
+        compiled: Compile the two transformers for their training, see `train_flow`.
         appraisal: Arguments of `appraise`.
     """
     work, lengths = out / "work", lengths or Lengths()
@@ -302,8 +309,8 @@ def build(
     scorer = train_scorer(work, seed, lengths.scorer)
     steps = (lengths.flow, lengths.flow_mixed)
     flow = train_flow(work, vae, images.text_encoder, seed, steps, lengths.scenes, POOR_SHARE, compiled=compiled)
-    steps = (lengths.video, lengths.video_told)
-    videos = train_video(work, vae, images.text_encoder, images.unet, seed, steps, lengths.clips)
+    parts = (lengths.vae_frames, lengths.video_words, lengths.video, lengths.video_mixed)
+    videos = train_video(work, vae, seed, parts, lengths.clips, compiled=compiled)
     pipelines = {"pipeline": images, "flow_pipeline": flow, "video_pipeline": videos}
     sizes = export(out, pipelines, scorer, images.tokenizer)
     seconds = {name: torch.load(work / f"{name}.pt", weights_only=True)["seconds"] for name in STAGES}
@@ -316,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m diffalign.shapes.build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the models and the training states go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the flow transformer for its training")
+    parser.add_argument("--compile", action="store_true", help="compile the two transformers")
     for field in fields(Lengths):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, metavar="N")
     options = parser.parse_args()

@@ -1,32 +1,36 @@
-"""The embedded world's video model: its UNet with motion modules, taught on clips whose motion is often wrong."""
+"""The embedded world's video model: a small CogVideoX, taught on clips that move as told, and then on mixed ones."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AnimateDiffPipeline, AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, CogVideoXPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffalign.backbones.sd import schedule_from_config
-from diffalign.schedules import expand
-from diffalign.shapes import networks
-from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, render_clip
-from diffalign.shapes.stages import Stage, generators, to_pixels
+from diffalign.schedules import DiscreteSchedule, expand
+from diffalign.shapes import video_networks
+from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, parse_clip_prompt, render_clip
+from diffalign.shapes.scenes import draw_scene, render
+from diffalign.shapes.stages import PromptSampler, Stage, generators, to_pixels
 
 WRONG_SHARE = 0.5
 """How many of the clips move in another way than their prompt says: what is left for alignment to mend."""
 NOISY_SHARE = 0.5
-"""How many timesteps are drawn from the noisier half, at which the motion is decided."""
-CLIPS_PER_STEP = 8
+"""How many timesteps are drawn from `NOISY` on, where the motion is decided."""
+NOISY = 600
+LEANING = ("right", "down")
+"""The motions of the middle third of the first stage, see `train_video`."""
+CLIPS_PER_STEP = 24
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str], Tensor]:
+def encode_clips(
+    vae: AutoencoderKL, work: Path, seed: int, count: int
+) -> tuple[Tensor, list[str], Tensor]:  # fmt: skip
     """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, the prompts, and who moves wrongly."""
     path, known = work / "clips.pt", clip_prompts("train")
     stored = torch.load(path, weights_only=True)["moments"] if path.exists() else None
@@ -48,79 +52,98 @@ def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple
     return stored, texts, torch.tensor(wrong)
 
 
-def extend_text_encoder(
-    text_encoder: CLIPTextModel, known: CLIPTokenizer, tokenizer: CLIPTokenizer
-) -> CLIPTextModel:  # fmt: skip
-    """The same text encoder for a tokenizer with more words; those it knew keep their vectors."""
-    extended = networks.build_text_encoder(tokenizer)
-    weights = dict(text_encoder.state_dict())
-    name = next(n for n in weights if n.endswith("token_embedding.weight"))
-    old, vocabulary = weights[name], known.get_vocab()
-    table = extended.state_dict()[name].clone()
-    for token, row in tokenizer.get_vocab().items():
-        if token in vocabulary:
-            table[row] = old[vocabulary[token]]
-    extended.load_state_dict({**weights, name: table})
-    return extended
+def train_frames(vae: AutoencoderKL, work: Path, seed: int, steps: int) -> AutoencoderKL:
+    """The autoencoder without the convolutions that a CogVideoX has not, its decoder trained further for that."""
+    frames = video_networks.without_quant_convs(vae)
+    frames.encoder.requires_grad_(False)
+    frames.decoder.requires_grad_(True)
+    stage = Stage("vae_frames", work, {"vae": frames}, lr=5e-4, steps=steps, ema=0.98)
+    draw = PromptSampler()
+
+    def loss_of(step: int) -> Tensor:
+        generator, noise = generators(seed, 15, step)
+        pixels = to_pixels([render(draw_scene(draw(generator), generator)) for _ in range(16)])
+        with torch.no_grad():
+            latents = frames.encode(pixels).latent_dist.sample(noise)
+        error = frames.decode(latents).sample - pixels
+        loss: Tensor = (error.square() + 0.5 * error.abs()).mean()
+        return loss
+
+    stage.run(loss_of)
+    stage.load_average()
+    return frames.requires_grad_(False)
 
 
 def train_video(
-    work: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, seed: int,
-    steps: tuple[int, int], clips: int, *, compiled: bool = False,
-) -> AnimateDiffPipeline:  # fmt: skip
-    """Motion modules, image UNet and text encoder together, from the trained image model's weights.
+    work: Path, vae: AutoencoderKL, seed: int, steps: tuple[int, int, int, int], clips: int, *, compiled: bool = False
+) -> CogVideoXPipeline:
+    """Transformer and text encoder together, with errors of v, on the latents of the pictures' autoencoder.
 
-    AnimateDiff's motion modules do not read the prompt, so the words of motion must come through the image layers. They
-    say most where there is most noise, how far to the left a clip must start that moves right, and an error of epsilon
-    hardly shows that: the video model predicts velocities (v-prediction, Salimans & Ho 2022, arXiv:2202.00512), which
-    are the scene itself there. It sees clips that move as told first, and then wrong ones among them.
+    What a word of motion changes is where the object is *in which frame*, a product of three things, none of which says
+    anything alone: clips of all motions average to no motion. So training starts at pure noise, where the answer is the
+    average clip of a prompt, and the middle third of that shows two motions only, whose average moves. A network that
+    has learnt it tells the other motions from it within a hundred steps, and without that not in a thousand. Then come
+    all timesteps, and at last clips of which `WRONG_SHARE` do not move as told.
 
     Args:
         work: Folder of the states and of the encoded clips.
         vae: The trained autoencoder, its scaling factor set.
-        text_encoder: Of the image model.
-        unet: Of the image model.
         seed: Of everything random.
-        steps: Training steps of `CLIPS_PER_STEP` clips, on right ones and then on mixed ones.
+        steps: Of the decoder, and then of `CLIPS_PER_STEP` clips: at pure noise, at all timesteps, on mixed clips.
         clips: How many clips are encoded.
-        compiled: Compile the UNet, with numbers that differ in the last digits.
+        compiled: Compile the transformer, with numbers that differ in the last digits.
     """
-    torch.manual_seed(seed + 4)
-    texts = [prompt.text for prompt in clip_prompts("all")]
-    tokenizer = networks.build_tokenizer(texts)
-    text_encoder = extend_text_encoder(text_encoder, networks.build_tokenizer(), tokenizer)
-    motion_unet = networks.build_motion_unet(unet, FRAMES).to(memory_format=torch.channels_last)
-    motion_unet.requires_grad_(True)
     moments, told, wrong = encode_clips(vae, work, seed, clips)
-    subsets = (torch.nonzero(~wrong)[:, 0], torch.arange(len(told)))
+    frames = video_networks.inflate_vae(train_frames(vae, work, seed, steps[0]))
+    torch.manual_seed(seed + 4)
+    tokenizer = video_networks.build_video_tokenizer(prompt.text for prompt in clip_prompts("all"))
+    text_encoder = video_networks.build_video_text_encoder(tokenizer)
+    transformer = video_networks.build_video_transformer(FRAMES)
+    schedule = DiscreteSchedule(video_networks.build_video_scheduler().alphas_cumprod)
     mean, std = moments.chunk(2, dim=1)
-    own = networks.build_tokenizer(texts)  # padding leaves its mark on the one that is saved
     ids, empty = (
-        own(words, padding="max_length", truncation=True, return_tensors="pt").input_ids for words in (told, [""])
+        tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids for texts in (told, [""])
     )
-    schedule = schedule_from_config(networks.build_scheduler("v_prediction").config)
-    predict: Any = torch.compile(motion_unet) if compiled else motion_unet
-    modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "unet": motion_unet}
+    right = torch.nonzero(~wrong)[:, 0]
+    leaning = right[torch.tensor([parse_clip_prompt(told[row]).motion in LEANING for row in right.tolist()])]
+    predict: Any = torch.compile(transformer) if compiled else transformer
+    modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "transformer": transformer}
 
-    def loss_of(step: int, mixed: bool) -> Tensor:
-        generator = generators(seed, 13 + mixed, step)[1]
-        rows = subsets[mixed][torch.randint(len(subsets[mixed]), (CLIPS_PER_STEP,), generator=generator)]
+    def loss_of(pool: Tensor, timesteps: Tensor, generator: torch.Generator) -> Tensor:
+        rows = pool[torch.randint(len(pool), (CLIPS_PER_STEP,), generator=generator)]
         chosen = mean[rows]
         latents = (chosen + std[rows] * torch.randn(chosen.shape, generator=generator)) * vae.config.scaling_factor
         noise = torch.randn(chosen.shape, generator=generator)
-        noisier = torch.rand(CLIPS_PER_STEP, generator=generator) < NOISY_SHARE
-        timesteps = torch.randint(1000, (CLIPS_PER_STEP,), generator=generator)
-        timesteps = torch.where(noisier, 500 + timesteps // 2, timesteps)
         dropped = torch.rand(CLIPS_PER_STEP, 1, generator=generator) < 0.1
         hidden = text_encoder(torch.where(dropped, empty, ids[rows])).last_hidden_state
         noisy = schedule.add_noise(latents, noise, timesteps)
-        output = predict(noisy, timesteps, hidden.repeat_interleave(FRAMES, dim=0), return_dict=False)[0]
-        signal, spread = (expand(scale, latents) for scale in schedule.scales(timesteps))
-        loss: Tensor = (output - (signal * noise - spread * latents)).square().mean()
+        output = predict(noisy.transpose(1, 2), hidden, timesteps, return_dict=False)[0].transpose(1, 2)
+        alphas, sigmas = (expand(scale, latents) for scale in schedule.scales(timesteps))
+        loss: Tensor = (output - (alphas * noise - sigmas * latents)).square().mean()
         return loss
 
-    for name, mixed in (("video", False), ("video_mixed", True)):
-        stage = Stage(name, work, modules, lr=6e-4, steps=steps[mixed], ema=0.99, cooldown=0.3)
-        stage.run(partial(loss_of, mixed=mixed))
+    def at_pure_noise(step: int) -> Tensor:
+        middle = steps[1] <= 3 * step < 2 * steps[1] and len(leaning) > 0
+        last = torch.full((CLIPS_PER_STEP,), len(schedule) - 1)
+        return loss_of(leaning if middle else right, last, generators(seed, 16, step)[1])
+
+    def at_all_levels(pool: Tensor, key: int) -> Callable[[int], Tensor]:
+        def of_step(step: int) -> Tensor:
+            generator = generators(seed, key, step)[1]
+            noisier = torch.rand(CLIPS_PER_STEP, generator=generator) < NOISY_SHARE
+            uniform = torch.rand(CLIPS_PER_STEP, generator=generator)
+            low = torch.where(noisier, NOISY, 0)
+            timesteps = (low + uniform * (len(schedule) - low)).long().clamp(max=len(schedule) - 1)
+            return loss_of(pool, timesteps, generator)
+
+        return of_step
+
+    for name, length, loss in (
+        ("video_words", steps[1], at_pure_noise),
+        ("video", steps[2], at_all_levels(right, 13)),
+        ("video_mixed", steps[3], at_all_levels(torch.arange(len(told)), 14)),
+    ):
+        stage = Stage(name, work, modules, lr=1e-3, steps=length, ema=0.99, cooldown=0.3)
+        stage.run(loss)
     stage.load_average()
-    return networks.build_video_pipeline(tokenizer, text_encoder, vae, motion_unet)
+    return video_networks.build_video_pipeline(tokenizer, text_encoder, frames, transformer)

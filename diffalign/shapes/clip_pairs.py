@@ -20,7 +20,7 @@ from diffalign.shapes.clips import MOTIONS, clip_prompts, draw_clip, render_clip
 from diffalign.videos import to_mp4
 
 FRAME_RATE = 8.0
-"""Frames per second of the files, AnimateDiff's."""
+"""Frames per second of the files, CogVideoX's."""
 
 
 def write_clip_pairs(out: Path, pairs: int, seed: int = 0) -> Path:

@@ -6,19 +6,15 @@ Everything is a stock class of transformers and diffusers, small enough to train
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 
 from diffusers import (
-    AnimateDiffPipeline,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    MotionAdapter,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
-    UNetMotionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -39,12 +35,8 @@ TEXT_WIDTH = 128
 LATENT_CHANNELS = 8
 
 
-def build_tokenizer(texts: Iterable[str] = ()) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges give every word of the world one token.
-
-    Args:
-        texts: Further sentences whose words it knows.
-    """
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges give every word of the world one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         special_tokens=[*alphabet, *(f"{c}</w>" for c in alphabet)],
@@ -52,7 +44,7 @@ def build_tokenizer(texts: Iterable[str] = ()) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    words = sorted({word for text in (*(p.text for p in prompts("all")), *texts) for word in text.split()})
+    words = sorted({word for prompt in prompts("all") for word in prompt.text.split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(words * 2, trainer)
@@ -116,14 +108,14 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_scheduler(prediction_type: str = "epsilon") -> DPMSolverMultistepScheduler:
+def build_scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule, sampled with DPM-Solver++ (2M)."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
+        prediction_type="epsilon",
         steps_offset=1,
         timestep_spacing="leading",
     )
@@ -217,31 +209,4 @@ def build_flow_pipeline(
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=third,
-    )
-
-
-def build_motion_unet(unet: UNet2DConditionModel, frames: int) -> UNetMotionModel:
-    """The image UNet with motion modules between its layers, none in the middle, for at most `frames` frames."""
-    adapter = MotionAdapter(
-        block_out_channels=tuple(unet.config.block_out_channels),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=4,
-        motion_norm_num_groups=16,
-        motion_max_seq_length=frames,
-        use_motion_mid_block=False,
-    )
-    return UNetMotionModel.from_unet2d(unet, adapter)
-
-
-def build_video_pipeline(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNetMotionModel
-) -> AnimateDiffPipeline:
-    """The parts as a stock `AnimateDiffPipeline`; its motion modules are part of the UNet."""
-    return AnimateDiffPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        motion_adapter=None,
-        scheduler=build_scheduler("v_prediction"),
     )
