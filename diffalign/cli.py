@@ -223,7 +223,11 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("config")
 @OVERRIDES
 def train_reward(config: str, overrides: tuple[str, ...]) -> None:
-    """Train the reward model of CONFIG's section `reward` on its pairs, for `sample --reward-guidance`."""
+    """Train the reward model that CONFIG's section `reward` describes.
+
+    kind: scorer trains PickScore, HPSv2, ImageReward, MPS, HPSv3, PAL or the embedded CLIP on comparisons, checklist
+    fits VisionReward's weights, noisy_latent makes one for `sample --reward-guidance`.
+    """
     _print(_commands().train_reward(config, overrides))
 
 

@@ -19,7 +19,15 @@ from diffalign import plugins
 from diffalign.backbones import ModelSource, inspect_model
 from diffalign.backbones.loading import LORA_FILE, check_options, policy_class
 from diffalign.backbones.reward_guidance import check_guidance, load_guidance
-from diffalign.config import ConfigError, ModelConfig, RunConfig, load_config, trainer_settings
+from diffalign.config import (
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    checked_config,
+    load_config,
+    read_settings,
+    trainer_settings,
+)
 from diffalign.configured import find_negative_model, load_model, pairs_folder, pick_device, picture_size
 from diffalign.generation import SamplingConfig, generate, make_requests, weights_fingerprint
 from diffalign.loop import Waiting
@@ -220,10 +228,17 @@ def train(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False
 
 
 def train_reward(config_path: str, overrides: Sequence[str] = ()) -> str:
-    """Body of `diffalign train-reward`."""
-    from diffalign import reward_training
+    """Body of `diffalign train-reward`: the section `reward` says which kind of reward model is trained."""
+    from diffalign import reward_config, reward_training
 
-    folder, accuracy = reward_training.train_reward(load_config(config_path, overrides))
+    raw = read_settings(config_path, overrides)
+    section = raw.get("reward")
+    kind = section.get("kind") if isinstance(section, dict) else None
+    if kind in reward_config.RUNS:
+        from diffalign.reward_models.training import train_configured
+
+        return train_configured(checked_config(reward_config.RUNS[kind], raw))
+    folder, accuracy = reward_training.train_reward(checked_config(RunConfig, raw))
     return f"{reward_training.render_accuracy(accuracy)}\nreward model: {folder}\nmetrics: {folder / 'metrics.jsonl'}"
 
 

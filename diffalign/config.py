@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
@@ -19,6 +19,9 @@ from diffalign.generation import SamplingConfig
 from diffalign.mining import PairsConfig
 from diffalign.rollout_config import RolloutConfig
 from diffalign.validation import explain, unknown_key
+
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -224,13 +227,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: One line per problem: what was found, what was expected.
     """
+    return checked_config(RunConfig, read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a configuration file with its overrides, not checked yet; arguments as in `load_config`."""
     raw = _read_yaml(_find(path))
     for override in overrides:
         _apply(raw, override)
+    return raw
+
+
+def checked_config(schema: type[C], raw: Mapping[str, Any]) -> C:
+    """A configuration of one kind, made of what `read_settings` gave.
+
+    Raises:
+        ConfigError: One line per problem: what was found, what was expected.
+    """
     try:
-        return RunConfig.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(e)) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(dict(e), schema) for e in error.errors())) from error
 
 
 def _find(path: str | Path) -> Path:
@@ -285,11 +302,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: not a YAML value: {' '.join(str(error).split())}") from error
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _explain(error: Mapping[str, Any], schema: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1])
+        known = _keys_at(path[:-1], schema)
         return unknown_key(where, path[-1], known)
     if error["type"] == "missing":
         return f"config key {where!r} is missing"
@@ -297,8 +314,8 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"config key {where!r}: {message}; found {error['input']!r}"
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    model: Any = RunConfig
+def _keys_at(path: Sequence[str], schema: type[BaseModel]) -> list[str]:
+    model: Any = schema
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         model = _model_of(field.annotation) if field is not None else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffalign import plugins
+from diffalign.reward_models.formulas import read_name
 
 if TYPE_CHECKING:
     from diffalign.reward_models.base import (
@@ -23,39 +24,105 @@ if TYPE_CHECKING:
         WeightsError,
         WeightSpec,
     )
+    from diffalign.reward_models.clips import FrameByFrame
     from diffalign.reward_models.clipscore import CLIPScore
+    from diffalign.reward_models.composition import Part, Weighted
+    from diffalign.reward_models.grouped import Grouped
     from diffalign.reward_models.hpsv2 import HPSv2
-    from diffalign.reward_models.media import InvalidMediaError
+    from diffalign.reward_models.hpsv3 import HPSv3
+    from diffalign.reward_models.image_reward import ImageReward
+    from diffalign.reward_models.jpeg import JPEGSize
+    from diffalign.reward_models.laion_aesthetic import LaionAesthetic
+    from diffalign.reward_models.media import InvalidMediaError, Video
+    from diffalign.reward_models.mps import MPS
+    from diffalign.reward_models.ocr import TextAccuracy
+    from diffalign.reward_models.pal import PAL
     from diffalign.reward_models.pickscore import PickScore
+    from diffalign.reward_models.remote import RemoteReward
     from diffalign.reward_models.scoring import ScoreSummary, score_index
     from diffalign.reward_models.shapes import ShapesScore
+    from diffalign.reward_models.threedgen import ThreeDGenScore, Views
+    from diffalign.reward_models.unified_reward import JudgedPairs, UnifiedReward
+    from diffalign.reward_models.video_reward import VideoReward
+    from diffalign.reward_models.video_score import VideoScore
+    from diffalign.reward_models.vision_reward import VisionReward
+    from diffalign.reward_models.vp_score import VPScore
+    from diffalign.reward_models.vqa_score import VQAScore
+    from diffalign.reward_models.win_rate import WinRate
 
 __all__ = [
     "CLIPScore",
+    "FrameByFrame",
+    "Grouped",
     "HPSv2",
+    "HPSv3",
+    "ImageReward",
     "InvalidMediaError",
+    "JPEGSize",
+    "JudgedPairs",
+    "LaionAesthetic",
+    "MPS",
+    "PAL",
     "PairOutput",
+    "Part",
     "PickScore",
+    "RemoteReward",
     "RewardInfo",
     "RewardModel",
     "RewardOutput",
     "ScoreSummary",
     "ShapesScore",
+    "ThreeDGenScore",
+    "TextAccuracy",
+    "UnifiedReward",
+    "VPScore",
+    "VQAScore",
+    "Video",
+    "VideoReward",
+    "VideoScore",
+    "Views",
+    "VisionReward",
+    "Weighted",
     "WeightSpec",
     "WeightsError",
+    "WinRate",
     "load_reward_model",
     "reward_model_info",
+    "reward_model_names",
     "score_index",
 ]
 
 _HOMES = {
     "CLIPScore": "clipscore",
+    "Grouped": "grouped",
+    "FrameByFrame": "clips",
     "HPSv2": "hpsv2",
+    "HPSv3": "hpsv3",
+    "ImageReward": "image_reward",
+    "JPEGSize": "jpeg",
+    "Part": "composition",
+    "TextAccuracy": "ocr",
+    "VPScore": "vp_score",
+    "Weighted": "composition",
+    "WinRate": "win_rate",
     "InvalidMediaError": "media",
+    "Video": "media",
+    "VideoReward": "video_reward",
+    "VideoScore": "video_score",
+    "LaionAesthetic": "laion_aesthetic",
+    "MPS": "mps",
+    "PAL": "pal",
     "PickScore": "pickscore",
+    "RemoteReward": "remote",
     "ShapesScore": "shapes",
+    "ThreeDGenScore": "threedgen",
+    "Views": "threedgen",
     "ScoreSummary": "scoring",
     "score_index": "scoring",
+    "JudgedPairs": "unified_reward",
+    "UnifiedReward": "unified_reward",
+    "VQAScore": "vqa_score",
+    "VisionReward": "vision_reward",
     **dict.fromkeys(
         ("PairOutput", "RewardInfo", "RewardModel", "RewardOutput", "WeightSpec", "WeightsError"),
         "base",
@@ -67,6 +134,41 @@ _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hpsv2.1": ("hpsv2", {"version": "2.1"}),
     "clipscore-torchmetrics": ("clipscore", {"variant": "torchmetrics"}),
     "clipscore-logit": ("clipscore", {"variant": "logit"}),
+    "imagereward": ("image_reward", {}),
+    "jpeg_compressibility": ("jpeg", {"goal": "compressibility"}),
+    "jpeg_incompressibility": ("jpeg", {"goal": "incompressibility"}),
+    "weighted": ("composition", {}),
+    "group_zscore": ("grouped", {"normalise": "zscore"}),
+    "group_rank": ("grouped", {"normalise": "rank"}),
+    "majority_vote": ("grouped", {"normalise": "vote"}),
+    "mps-aesthetics": ("mps", {"conditions": ("aesthetics",)}),
+    "mps-detail_quality": ("mps", {"conditions": ("detail_quality",)}),
+    "mps-semantic_alignment": ("mps", {"conditions": ("semantic_alignment",)}),
+    "mps-overall": ("mps", {"conditions": ("overall",)}),
+    "laion_aesthetic-ava+logos": ("laion_aesthetic", {"variant": "ava+logos"}),
+    "laion_aesthetic-ava+logos-relu": ("laion_aesthetic", {"variant": "ava+logos-relu"}),
+    "video_score-1.0": ("video_score", {"version": "1.0"}),
+    "video_score-1.1": ("video_score", {"version": "1.1"}),
+    "vision_reward-image": ("vision_reward", {"kind": "image"}),
+    "vision_reward-video": ("vision_reward", {"kind": "video"}),
+    "vqa_score-chat": ("vqa_score", {}),
+    **{
+        f"unified_reward-{task}": ("unified_reward", {"task": task})
+        for task in (
+            "point_image",
+            "pair_image",
+            "point_video",
+            "pair_video",
+            "point_image_acs",
+            "point_video_aps",
+            "pair_image_score",
+            "pair_video_score",
+            "think_pair_image",
+            "think_pair_video",
+            "flex_pair_image",
+            "flex_pair_video",
+        )
+    },
 }
 """Names of versions and variants, the same as in `info.name`."""
 
@@ -76,7 +178,8 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
 
     Args:
         name: File name of a model here ("pickscore"), a version ("hpsv2.1", "clipscore-logit"), in any case, or
-            "module:Class" for outside code. "hpsv2" alone is version 2.1.
+            "module:Class" for outside code. "hpsv2" alone is version 2.1. Several make one by a formula:
+            "hpsv2.1:0.7+pickscore:0.3", "majority_vote(hpsv2.1+clipscore)"; see `formulas`.
         path: Local folder in the published layout, or another Hub id; None for the original's.
         options: Arguments of the model's constructor, such as `device`, `dtype`, `local_files_only`.
 
@@ -108,15 +211,26 @@ def reward_model_info(name: str) -> RewardInfo:
     Raises:
         ValueError: If there is no such model; the message suggests the nearest.
     """
-    info: RewardInfo = _find(name)[0].info
+    model_class, fixed = _find(name)
+    info: RewardInfo = model_class.describe(**fixed) if "of" in fixed else model_class.info
     return info
+
+
+def reward_model_names() -> dict[str, list[str]]:
+    """Every reward model of this package by the name of its file, with the names of its versions and variants."""
+    return {
+        name: sorted(alias for alias, (module, _) in _ALIASES.items() if module == name)
+        for name in plugins.available("reward_models")
+    }
 
 
 def _find(name: str) -> tuple[type[RewardModel], dict[str, Any]]:
     """The class of a reward model, and the options that its name stands for."""
-    key = name if ":" in name else name.lower()
+    # Some variants have a plus sign in their names: they are looked for before formulas.
+    plain, inside = (name, {}) if name.lower() in _ALIASES else read_name(name)
+    key = plain if ":" in plain else plain.lower()
     module, fixed = _ALIASES.get(key, (key, {}))
-    return plugins.find("reward_models", module), fixed
+    return plugins.find("reward_models", module), {**fixed, **inside}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -42,11 +43,12 @@ class WeightSpec:
     """One published file with weights.
 
     Attributes:
-        repo: Hub id, or "" for weights that ship with this package.
+        repo: Hub id, or "" for weights that are not on the Hub.
         filename: File inside the repository.
         format: "safetensors", or "torch" for a pickle of tensors, read with `weights_only=True`.
         md5: Checksum as hexadecimal digits, where one is recorded.
         gated: Whether the repository asks for an account.
+        url: Home of a file that is not on the Hub; "" if it has none.
     """
 
     repo: str
@@ -54,6 +56,7 @@ class WeightSpec:
     format: Literal["safetensors", "torch"] = "safetensors"
     md5: str | None = None
     gated: bool = False
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class RewardInfo:
         differentiable: Whether `score_tensor` carries gradients to the pixels.
         pairwise_native: Whether it judges pairs itself instead of scoring single media.
         generative: Whether the score is read from generated text.
+        groupwise: Whether a score exists only among the media of one prompt in the same call, as a rank does; then
+            the media of a prompt must not be split over several calls.
         higher_is_better: Direction of the primary score.
         nominal_range: Usual values of the primary score on generated pictures, if known.
         tau: Temperature of `compare`: p(a beats b) = sigmoid((score_a - score_b) / tau).
@@ -85,6 +90,7 @@ class RewardInfo:
     differentiable: bool = True
     pairwise_native: bool = False
     generative: bool = False
+    groupwise: bool = False
     higher_is_better: bool = True
     nominal_range: tuple[float, float] | None = None
     tau: float = 1.0
@@ -152,10 +158,12 @@ class RewardModel(nn.Module, ABC):
     Attributes:
         info: Static description; the class attribute describes the default version.
         item_ndim: Dimensions of one medium given as a tensor; one more makes it a batch.
+        workers: Threads in which `score` preprocesses the media of a batch.
     """
 
     info: RewardInfo
     item_ndim: int = 3
+    workers: int = 1
 
     @classmethod
     def from_pretrained(
@@ -210,6 +218,8 @@ class RewardModel(nn.Module, ABC):
 
         Each medium is a PIL image, a path, an array [H, W, 3] or a tensor [3, H, W]; arrays and tensors hold uint8
         or floats in [0, 1]. See `media.to_rgb` for alpha, palettes and CMYK. A tensor [N, 3, H, W] is a batch of N.
+        For models of clips (`item_ndim` 4) each is a video file, a `media.Video`, a tensor [T, 3, H, W], an array
+        [T, H, W, 3] or a list of pictures; see `media.as_list`.
         Media are read batch by batch, equal prompts are encoded once, and a score does not depend on the others in its
         batch (beyond rounding in the last float32 digits).
 
@@ -304,11 +314,18 @@ class RewardModel(nn.Module, ABC):
         both = self.score([*first, *second], [*texts, *texts], batch_size=batch_size, on_invalid=on_invalid)
         score_a, score_b = both.score.chunk(2) if first else (both.score, both.score)
         sign = 1.0 if self.info.higher_is_better else -1.0
+        deviation = None
+        if both.uncertainty is not None and first:
+            deviation = torch.hypot(*both.uncertainty.chunk(2))
         return PairOutput(
-            p_a=torch.sigmoid(sign * (score_a - score_b) / self.info.tau),
+            p_a=self._preference(sign * (score_a - score_b), deviation),
             tie=score_a == score_b,
             valid=score_a.isfinite() & score_b.isfinite(),
         )
+
+    def _preference(self, difference: Tensor, deviation: Tensor | None) -> Tensor:
+        """Probability [N] that the first is better, from score differences and their standard deviations, if known."""
+        return torch.sigmoid(difference / self.info.tau)
 
     def settings(self) -> dict[str, str]:
         """Options beside the weights that change the score, for `fingerprint`."""
@@ -331,8 +348,9 @@ class RewardModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are; the CPU for a model without any."""
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def _texts(self, prompts: str | Sequence[str] | None, count: int) -> tuple[list[str], list[int]]:
         """Unique prompts in order of appearance, and for each of `count` media the number of its prompt."""
@@ -350,15 +368,25 @@ class RewardModel(nn.Module, ABC):
     ) -> tuple[list[int], list[Any]]:
         """The rows that could be preprocessed and what came of them; reasons for the others go into `errors`."""
         good, prepared = [], []
-        for i in rows:
-            try:
-                prepared.append(self.preprocess(items[i]))
-                good.append(i)
-            except InvalidMediaError as error:
-                errors[i] = f"medium {i}: {error}"
+        with ThreadPoolExecutor(max(self.workers, 1)) as pool:
+            # One worker is this thread itself, which does not go on after the first failure.
+            run = pool.map if self.workers > 1 else map
+            for i, found in zip(rows, run(self._attempt, [items[i] for i in rows]), strict=True):
+                if not isinstance(found, InvalidMediaError):
+                    prepared.append(found)
+                    good.append(i)
+                    continue
+                errors[i] = f"medium {i}: {found}"
                 if on_invalid == "raise":
-                    raise InvalidMediaError(errors[i]) from error
+                    raise InvalidMediaError(errors[i]) from found
         return good, prepared
+
+    def _attempt(self, item: Media) -> Any:
+        """What came of a medium, or why nothing did."""
+        try:
+            return self.preprocess(item)
+        except InvalidMediaError as error:
+            return error
 
 
 def broadcast(prompts: str | Sequence[str], count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.weights import expected, locate, one_line
 
-__all__ = ["LoadReport", "find_file", "load_complete", "read_tensors"]
+__all__ = ["LoadReport", "find_file", "load_complete", "read_shards", "read_tensors"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,16 @@ def find_file(
     Args:
         info: Which model it is for.
         path_or_id: The file itself, a folder with it, a Hub id, or None for the published one.
-        spec: Which file; None is the first of `info`.
+        spec: Which file; None is the first of `info`. One that is not on the Hub must be at hand.
         local_files_only: Never ask the Hub; None follows HF_HUB_OFFLINE.
 
     Raises:
         WeightsError: If it is not there.
     """
+    wanted = expected(info, spec)
     spec = spec or info.weights[0]
+    if path_or_id is None and not spec.repo:
+        raise WeightsError(f"cannot load {info.name}: {spec.filename!r} is not on the Hub; {wanted}")
     source, local = locate(info, path_or_id if path_or_id is not None else spec.repo, local_files_only)
     path = Path(source)
     if path.is_file():
@@ -66,15 +70,12 @@ def find_file(
             return path / spec.filename
         found = ", ".join(sorted(f.name for f in path.iterdir())) or "nothing"
         raise WeightsError(
-            f"cannot load {info.name}: folder {source!r} has no {spec.filename!r}, only: {found[:200]}; "
-            f"{expected(info)}"
+            f"cannot load {info.name}: folder {source!r} has no {spec.filename!r}, only: {found[:200]}; {wanted}"
         )
     try:
         return Path(hf_hub_download(source, spec.filename, local_files_only=local))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise WeightsError(
-            f"cannot load {info.name} from Hub id {source!r}: {one_line(error)}; {expected(info)}"
-        ) from error
+        raise WeightsError(f"cannot load {info.name} from Hub id {source!r}: {one_line(error)}; {wanted}") from error
 
 
 def read_tensors(info: RewardInfo, path: Path, inside: str | None = None) -> dict[str, Tensor]:
@@ -105,6 +106,35 @@ def read_tensors(info: RewardInfo, path: Path, inside: str | None = None) -> dic
     return dict(state)
 
 
+def read_shards(
+    info: RewardInfo, path_or_id: str | Path | None, repo: str, local_files_only: bool | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a folder in the layout of transformers: model.safetensors, or the shards that its index names.
+
+    Args:
+        info: For the messages.
+        path_or_id: The folder, or a Hub id; None for `repo`.
+        repo: Where it is published.
+        local_files_only: Never ask the Hub; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: If a file is missing or damaged.
+    """
+    single = WeightSpec(repo, "model.safetensors")
+    try:
+        index = find_file(info, path_or_id, WeightSpec(repo, f"{single.filename}.index.json"), local_files_only)
+    except WeightsError:
+        return read_tensors(info, find_file(info, path_or_id, single, local_files_only))
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{str(index)!r} is no index of the shards of {info.name}: {one_line(error)}") from error
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= read_tensors(info, find_file(info, path_or_id, WeightSpec(repo, shard), local_files_only))
+    return state
+
+
 def load_complete(
     info: RewardInfo,
     module: nn.Module,
@@ -118,7 +148,7 @@ def load_complete(
 
     Args:
         info: For the messages.
-        module: What to fill.
+        module: What to fill; one on the meta device takes the tensors themselves instead of copies.
         state: Tensors by published name.
         source: Where they come from, for the messages.
         rename: A published name to the module's, or None for a tensor that is known not to be needed.
@@ -149,7 +179,10 @@ def load_complete(
     if problems:
         total = f"the model has {len(own)} tensors, the file {len(state)}"
         raise WeightsError(f"cannot load {info.name} from {str(source)!r}: {'; '.join(problems)} ({total})")
-    module.load_state_dict(renamed, strict=False)
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:
+        renamed = {name: value.to(own[name].dtype) for name, value in renamed.items()}
+    module.load_state_dict(renamed, strict=False, assign=on_meta)
     return report
 
 

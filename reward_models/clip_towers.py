@@ -1,14 +1,16 @@
 """What scorers with two CLIP towers share: the towers themselves, the pictures' way into them, and the score.
 
-`HFTowers` wraps a CLIPModel of transformers, `OpenCLIPTowers` one of open_clip; `DualEncoder` is the reward model on
-top of either (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv:2103.00020): a function of the cosine between an image and a text embedding.
+`HFTowers` wraps a CLIPModel of transformers, `OpenCLIPTowers` one of open_clip (Radford et al. 2021, "Learning
+Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020). `DualEncoder` is the reward model on
+top of either, a function of the cosine between an image and a text embedding; `ImageScorer` is what it shares with
+scorers that have other networks behind the same pictures.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +23,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from diffalign.reward_models.base import OnInvalid, RewardModel
 from diffalign.reward_models.media import InvalidMediaError, Media, MediaBatch, as_list, to_rgb
+from diffalign.reward_models.text_cache import TextCache
 
-__all__ = ["CropPreprocessing", "DualEncoder", "HFTowers", "OpenCLIPTowers", "Towers"]
+__all__ = ["CropPreprocessing", "DualEncoder", "HFTowers", "ImageScorer", "OpenCLIPTowers", "Towers", "unit"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,8 +51,20 @@ class Towers(nn.Module):
         """Embeddings [B, D], not normalised, of preprocessed pixels [B, 3, S, S]."""
 
     @abstractmethod
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [B, L] on the model's device; texts that are too long are cut, keeping the end-of-text token."""
+
+    @abstractmethod
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Embeddings [B, D], not normalised, of token ids [B, L]."""
+
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [B, D], not normalised; texts that are too long are cut, keeping the end-of-text token."""
+        """Embeddings [B, D], not normalised, of texts."""
+        return self.encode_ids(self.token_ids(texts))
+
+    @abstractmethod
+    def text_weights(self) -> Iterator[nn.Parameter]:
+        """The parameters that `encode_texts` reads."""
 
 
 class HFTowers(Towers):
@@ -67,13 +82,21 @@ class HFTowers(Towers):
         """See `Towers`."""
         return _projected(self.model.get_image_features(pixel_values=pixels))
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def encode_ids(self, ids: Tensor) -> Tensor:
         """See `Towers`. No mask is needed: the encoder is causal and read at the end-of-text token."""
+        return _projected(self.model.get_text_features(input_ids=ids))
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [B, L] on the model's device: cut to, or filled with the tokenizer's own padding up to, its L."""
         tokens = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        ids = tokens["input_ids"].to(self.model.logit_scale.device)
-        return _projected(self.model.get_text_features(input_ids=ids))
+        ids: Tensor = tokens["input_ids"]
+        return ids.to(self.model.logit_scale.device)
+
+    def text_weights(self) -> Iterator[nn.Parameter]:
+        """See `Towers`."""
+        return chain(self.model.text_model.parameters(), self.model.text_projection.parameters())
 
 
 class OpenCLIPTowers(Towers):
@@ -92,10 +115,19 @@ class OpenCLIPTowers(Towers):
         embeddings: Tensor = self.model.encode_image(pixels)
         return embeddings
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
         """See `Towers`. The tokenizer pads with 0 and forces the last token to end-of-text on overflow."""
-        embeddings: Tensor = self.model.encode_text(self.tokenizer(list(texts)).to(self.model.logit_scale.device))
+        ids: Tensor = self.tokenizer(list(texts))
+        return ids.to(self.model.logit_scale.device)
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """See `Towers`."""
+        embeddings: Tensor = self.model.encode_text(ids)
         return embeddings
+
+    def text_weights(self) -> Iterator[nn.Parameter]:
+        """See `Towers`."""
+        return (weight for name, weight in self.model.named_parameters() if not name.startswith("visual."))
 
 
 def _projected(output: Any) -> Tensor:
@@ -168,18 +200,24 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
-class DualEncoder(RewardModel):
-    """A reward model that is a function of the cosine of two embeddings.
+class ImageScorer(RewardModel):
+    """A reward model that reads single pictures as squares of normalised pixels.
 
-    Subclasses load their towers, say how pictures get in, and turn the cosine into a score.
+    Subclasses say how pictures get in and what becomes of the pixels; scoring and the gradient path are shared.
+
+    Args:
+        device: Where it runs; "auto" is the first accelerator, else the CPU.
+        dtype: Type of the towers; "auto" is float32.
+        parts: Modules of that type, by attribute.
     """
 
-    def __init__(self, towers: Towers, device: str | torch.device, dtype: torch.dtype | Literal["auto"]):
+    def __init__(self, device: str | torch.device, dtype: torch.dtype | Literal["auto"], **parts: nn.Module):
         super().__init__()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float32 if dtype == "auto" else dtype
-        self.towers = towers
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.to(device, self.dtype).requires_grad_(False).train(False)
 
     @abstractmethod
@@ -190,43 +228,33 @@ class DualEncoder(RewardModel):
     def preprocess_tensor(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] of pixels [B, 3, H, W] in [0, 1], differentiable."""
 
-    def score_cosine(self, cosine: Tensor) -> Tensor:
-        """The score of a cosine, element by element: CLIP's logit unless overridden."""
-        return self.towers.scale * cosine
+    @abstractmethod
+    def score_pixels(self, pixels: Tensor, texts: Sequence[Any], dims: Collection[str]) -> dict[str, Tensor]:
+        """Scores [B], float32 at least, of preprocessed pixels [B, 3, S, S] with B encoded prompts, differentiable.
 
-    def wrap_prompt(self, prompt: str) -> str:
-        """The text that the text encoder reads for a prompt."""
-        return prompt
+        Args:
+            pixels: On any device, in any floating type.
+            texts: What `encode_text` gave.
+            dims: Which of `info.dims` are wanted; others may be left out.
+        """
 
     def preprocess(self, item: Media) -> Tensor:
         """See `RewardModel`: float32 [3, S, S]."""
         return self.preprocess_image(to_rgb(item))
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], batch_size: int) -> Tensor:
-        """Unit text embeddings [N, D], float32 at least."""
-        texts = [self.wrap_prompt(p) for p in prompts]
-        chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-        return torch.cat([_unit(self.towers.encode_texts(chunk)) for chunk in chunks])
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Unit image embeddings [B, D], float32 at least, of preprocessed pixels [B, 3, S, S]."""
-        return _unit(self.towers.encode_images(pixels.to(self.device, self.dtype)))
-
-    def score_prepared(self, prepared: Sequence[Tensor], texts: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def score_prepared(self, prepared: Sequence[Tensor], texts: Sequence[Any]) -> Mapping[str, Tensor]:
         """See `RewardModel`."""
-        images = self.encode_pixels(torch.stack(list(prepared)))
-        return {"overall": self.score_cosine((images * torch.stack(list(texts))).sum(-1))}
+        return self.score_pixels(torch.stack(list(prepared)), texts, self.info.dims)
 
-    def score_tensor(self, pixels: Tensor, prompts: str | Sequence[str]) -> Tensor:
-        """Scores [B] on the model's device, with a graph to `pixels`; the model's own weights get no gradient.
+    def score_tensor(self, pixels: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+        """Primary scores [B] on the model's device, with a graph to `pixels`; the model's weights get no gradient.
 
         Equal to `score` for 8-bit pictures that already have the model's size; others are resized as tensors, which
         skips the 8-bit rounding of `score`. Values are used as they are: clamp pixels that leave [0, 1] yourself.
 
         Args:
             pixels: RGB [B, 3, H, W] in [0, 1], any floating type; half precision is widened before resizing.
-            prompts: One prompt, or B.
+            prompts: One prompt, or B; None for models that need none.
 
         Raises:
             InvalidMediaError: If `pixels` has another shape or is not floating.
@@ -234,9 +262,60 @@ class DualEncoder(RewardModel):
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
             raise InvalidMediaError(f"expected floats [B, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}")
         unique, rows = self._texts(prompts, len(pixels))
-        texts = self.encode_text(unique, len(unique))[rows]
+        encoded = self.encode_text(unique, len(unique))
         wide = pixels.to(self.device, torch.promote_types(pixels.dtype, torch.float32))
-        return self.score_cosine((self.encode_pixels(self.preprocess_tensor(wide)) * texts).sum(-1))
+        primary = self.info.dims[-1]
+        return self.score_pixels(self.preprocess_tensor(wide), [encoded[row] for row in rows], [primary])[primary]
+
+    def settings(self) -> dict[str, str]:
+        """The towers' type; the rest is in the weights."""
+        return {"dtype": str(self.dtype)}
+
+
+class DualEncoder(ImageScorer):
+    """A reward model that is a function of an image and a text embedding, of their cosine unless overridden.
+
+    Subclasses load their towers, say how pictures get in, and turn the cosine into a score. Texts encoded in earlier
+    calls are remembered, up to 1024 of them.
+    """
+
+    towers: Towers
+
+    def __init__(self, towers: Towers, device: str | torch.device, dtype: torch.dtype | Literal["auto"]):
+        super().__init__(device, dtype, towers=towers)
+        self.text_cache: TextCache[Tensor] = TextCache(1024)
+
+    def score_cosine(self, cosine: Tensor) -> Tensor:
+        """The score of a cosine, element by element: CLIP's logit unless overridden."""
+        return self.towers.scale * cosine
+
+    def score_embeddings(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores [B] of unit image and text embeddings [B, D]."""
+        return self.score_cosine((images * texts).sum(-1))
+
+    def wrap_prompt(self, prompt: str) -> str:
+        """The text that the text encoder reads for a prompt."""
+        return prompt
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], batch_size: int) -> Tensor:
+        """Unit text embeddings [N, D], float32 at least."""
+        texts = [self.wrap_prompt(p) for p in prompts]
+        weights = list(self.towers.text_weights())
+
+        def encode(chunk: Sequence[str]) -> Tensor:
+            return unit(self.towers.encode_texts(chunk))
+
+        chunks = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        return torch.cat([self.text_cache.get(chunk, weights, encode) for chunk in chunks])
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit image embeddings [B, D], float32 at least, of preprocessed pixels [B, 3, S, S]."""
+        return unit(self.towers.encode_images(pixels.to(self.device, self.dtype)))
+
+    def score_pixels(self, pixels: Tensor, texts: Sequence[Tensor], dims: Collection[str]) -> dict[str, Tensor]:
+        """See `ImageScorer`."""
+        return {self.info.dims[-1]: self.score_embeddings(self.encode_pixels(pixels), torch.stack(list(texts)))}
 
     @torch.no_grad()
     def score_matrix(
@@ -257,14 +336,20 @@ class DualEncoder(RewardModel):
         for start in range(0, len(items), batch_size):
             good, prepared = self._prepare(items, range(start, min(start + batch_size, len(items))), errors, on_invalid)
             if good:
-                matrix[good] = self.score_cosine(self.encode_pixels(torch.stack(prepared)) @ texts.T).float().cpu()
+                images = self.encode_pixels(torch.stack(prepared))
+                matrix[good] = self.score_grid(images, texts).float().cpu()
         return matrix
+
+    def score_grid(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores [M, N] of unit image embeddings [M, D] with unit text embeddings [N, D]."""
+        return self.score_cosine(images @ texts.T)
 
     def settings(self) -> dict[str, str]:
         """The towers' type and scale; the rest is in the weights."""
-        return {"dtype": str(self.dtype), "scale": f"{self.towers.scale:.9e}"}
+        return {**super().settings(), "scale": f"{self.towers.scale:.9e}"}
 
 
-def _unit(embeddings: Tensor) -> Tensor:
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings [..., D] divided by their length, in float32 at least; zeros stay zeros."""
     wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return F.normalize(wide, dim=-1)

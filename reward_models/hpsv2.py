@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +9,16 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.functional import resize as torchvision_resize
 
-from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
+from diffalign.reward_models.base import RewardInfo, WeightSpec
+from diffalign.reward_models.checkpoints import find_file, load_complete, read_tensors
 from diffalign.reward_models.clip_towers import CLIP_MEAN, CLIP_STD, DualEncoder, OpenCLIPTowers, normalise, to_float
-from diffalign.reward_models.weights import build_open_clip, expected, locate, one_line
+from diffalign.reward_models.weights import empty_open_clip
 
 __all__ = ["HPSv2"]
 
@@ -87,10 +85,13 @@ class HPSv2(DualEncoder):
         self.info = replace(
             HPSv2.info, name=f"hpsv{version}", weights=(_FILES[version],), nominal_range=_RANGES[version]
         )
-        path = _find_checkpoint(self.info, path_or_id, version, local_files_only)
-        config = model_config if model_config is not None else open_clip.get_model_config("ViT-H-14")
-        towers = OpenCLIPTowers(_load_checkpoint(self.info, path, config))
-        super().__init__(towers, device, dtype)
+        path = find_file(self.info, path_or_id, local_files_only=local_files_only)
+        for other, file in _FILES.items():
+            if other != version and path.name == file.filename:
+                raise ValueError(f"{path.name} is HPSv{other}, but version={version!r} was asked for")
+        model = empty_open_clip(model_config if model_config is not None else open_clip.get_model_config("ViT-H-14"))
+        load_complete(self.info, model, read_tensors(self.info, path, "state_dict"), path)
+        super().__init__(OpenCLIPTowers(model), device, dtype)
         self.antialias = antialias
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
@@ -117,43 +118,3 @@ class HPSv2(DualEncoder):
     def settings(self) -> dict[str, str]:
         """See `RewardModel`."""
         return {**super().settings(), "antialias": str(self.antialias)}
-
-
-def _find_checkpoint(
-    info: RewardInfo, path_or_id: str | Path | None, version: Version, local_files_only: bool | None
-) -> Path:
-    """The local path of the checkpoint, downloaded if need be."""
-    spec = info.weights[0]
-    source, local = locate(info, path_or_id if path_or_id is not None else spec.repo, local_files_only)
-    path = Path(source)
-    if path.is_dir():
-        if not (path / spec.filename).is_file():
-            found = ", ".join(sorted(f.name for f in path.iterdir())) or "nothing"
-            raise WeightsError(f"cannot load {info.name}: folder {source!r} holds only {found}; {expected(info)}")
-        return path / spec.filename
-    if path.is_file():
-        for other, file in _FILES.items():
-            if other != version and path.name == file.filename:
-                raise ValueError(f"{path.name} is HPSv{other}, but version={version!r} was asked for")
-        return path
-    try:
-        return Path(hf_hub_download(source, spec.filename, local_files_only=local))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise WeightsError(
-            f"cannot load {info.name} from Hub id {source!r}: {one_line(error)}; {expected(info)}"
-        ) from error
-
-
-def _load_checkpoint(info: RewardInfo, path: Path, config: Mapping[str, Any]) -> open_clip.CLIP:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot read {str(path)!r} as a file of tensors: {one_line(error)}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        keys = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise WeightsError(f"{str(path)!r} is no HPSv2 checkpoint: expected a key 'state_dict', found {keys}")
-    try:
-        return build_open_clip(config, content["state_dict"])
-    except RuntimeError as error:
-        first = " ".join(line.strip() for line in str(error).splitlines()[1:2])[:200]
-        raise WeightsError(f"{str(path)!r} does not hold the weights of {info.name}: {first or error}") from error

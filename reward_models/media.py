@@ -1,10 +1,11 @@
-"""Reads pictures of any accepted kind: files, PIL images, arrays and tensors become 8-bit RGB."""
+"""Reads media of any accepted kind: files, PIL images, arrays and tensors become 8-bit RGB, clips become frames."""
 
 from __future__ import annotations
 
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,26 +14,104 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["InvalidMediaError", "Media", "MediaBatch", "as_list", "to_rgb"]
+from diffalign.videos import VideoError, choose_frames
+
+__all__ = ["Frames", "InvalidMediaError", "Media", "MediaBatch", "Video", "as_list", "read_clip", "to_rgb"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Media: TypeAlias = Image.Image | Array | Tensor | str | Path
-MediaBatch: TypeAlias = Media | Sequence[Media]
+Frames: TypeAlias = Tensor | Array | Sequence[Image.Image | Array | Tensor | str | Path]
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A clip whose frames are at hand.
+
+    Attributes:
+        frames: A tensor [T, 3, H, W], an array [T, H, W, 3], or T pictures of one size; values as in `to_rgb`.
+        fps: Frames per second, > 0; None if that is not known.
+    """
+
+    frames: Frames
+    fps: float | None = None
+
+
+Media: TypeAlias = Image.Image | Array | Tensor | str | Path | Video
+MediaBatch: TypeAlias = Media | Sequence[Media | Sequence[Media]]
 
 
 class InvalidMediaError(ValueError):
-    """A picture that cannot be read or does not hold RGB values in the expected range."""
+    """A picture or clip that cannot be read or does not hold RGB values in the expected range."""
 
 
 def as_list(media: MediaBatch, item_ndim: int = 3) -> list[Media]:
-    """One medium, a batch tensor or a sequence of media as a list."""
+    """One medium, a batch tensor or a sequence of media as a list.
+
+    Where a medium is a clip (`item_ndim` 4), a list of pictures is one clip and a list of such lists is several. A
+    list of paths is a list of video files: wrap the paths of a clip's frames in `Video`.
+    """
     if isinstance(media, Tensor | np.ndarray):
         if media.ndim == item_ndim + 1:
             return list(media)
         return [media]
-    if isinstance(media, str | Path | Image.Image):
+    if isinstance(media, str | Path | Image.Image | Video):
         return [media]
-    return list(media)
+    items: list[Any] = list(media)
+    if item_ndim == 4:
+        if items and all(_is_picture(item) for item in items):
+            return [Video(items)]
+        return [Video(item) if isinstance(item, list | tuple) else item for item in items]
+    return items
+
+
+def _is_picture(item: object) -> bool:
+    return isinstance(item, Image.Image) or (isinstance(item, Tensor | np.ndarray) and item.ndim == 3)
+
+
+def read_clip(item: Media, choose: Callable[[int, float | None], Sequence[int]]) -> list[Image.Image]:
+    """Chosen frames of any accepted clip as 8-bit RGB images of one size.
+
+    Args:
+        item: Path of a video file, `Video`, tensor [T, 3, H, W] or array [T, H, W, 3].
+        choose: The numbers of the wanted frames, in rising order, given how many frames there are and how many per
+            second (None for frames that do not say); may raise `InvalidMediaError`.
+
+    Raises:
+        InvalidMediaError: If a file cannot be decoded, the clip has no frames, or they differ in size.
+        ValueError: If a video file is given and PyAV is not installed.
+    """
+    if isinstance(item, str | Path):
+        images = _read_video(Path(item), choose)
+    else:
+        frames, fps = (item.frames, item.fps) if isinstance(item, Video) else (item, None)
+        if isinstance(frames, Image.Image):
+            raise InvalidMediaError("expected a clip, got a single picture")
+        if isinstance(frames, Tensor | np.ndarray) and frames.ndim != 4:
+            layout = "a tensor [T, 3, H, W]" if isinstance(frames, Tensor) else "an array [T, H, W, 3]"
+            raise InvalidMediaError(f"expected {layout}, got shape {tuple(frames.shape)}")
+        if fps is not None and not fps > 0:
+            raise InvalidMediaError(f"frames per second must be positive, got {fps}")
+        if not isinstance(frames, Sequence | Tensor | np.ndarray):
+            raise InvalidMediaError(f"expected frames or the path of a video file, got {type(frames).__name__}")
+        if len(frames) == 0:
+            raise InvalidMediaError("the clip has no frames")
+        images = [to_rgb(frames[number]) for number in choose(len(frames), fps)]
+    if len({image.size for image in images}) > 1:
+        raise InvalidMediaError(f"frames of one clip differ in size: {sorted({image.size for image in images})}")
+    return images
+
+
+def _read_video(path: Path, choose: Callable[[int, float | None], Sequence[int]]) -> list[Image.Image]:
+    if not path.is_file():
+        raise InvalidMediaError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise InvalidMediaError(f"{path}: the file is empty")
+    try:
+        with path.open("rb") as file:
+            return choose_frames(file, choose)
+    except InvalidMediaError as error:
+        raise InvalidMediaError(f"{path}: {error}") from error
+    except (VideoError, OSError) as error:
+        raise InvalidMediaError(f"{path}: cannot be read as a video ({error})") from error
 
 
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from diffalign.reward_models.base import RewardInfo, WeightSpec
 from diffalign.reward_models.clip_towers import CropPreprocessing, DualEncoder
-from diffalign.reward_models.weights import load_hf_towers
+from diffalign.reward_models.weights import CLIP_H, TOKENIZER_FILES, folder_with, load_hf_towers
 
 __all__ = ["PickScore"]
-
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Where the tokenizer is published; the weights' own repository is not relied on for it."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 class PickScore(DualEncoder):
@@ -55,14 +50,13 @@ class PickScore(DualEncoder):
         Args:
             path_or_id: Folder of a CLIPModel in the layout of transformers, or a Hub id.
             processor: Folder or Hub id of the tokenizer; None takes the one in a local `path_or_id` if there is one,
-                else the published one.
+                else that of CLIP-H: the published weights' own repository is not relied on for it.
             device: As in `from_pretrained`.
             dtype: As in `from_pretrained`; float16 is good to about three decimals of the score.
             local_files_only: As in `from_pretrained`.
         """
         if processor is None:
-            beside = path_or_id is not None and any((Path(path_or_id) / name).exists() for name in _TOKENIZER_FILES)
-            processor = path_or_id if beside else PROCESSOR
+            processor = folder_with(path_or_id, TOKENIZER_FILES) or CLIP_H
         towers = load_hf_towers(self.info, path_or_id, processor, local_files_only)
         super().__init__(towers, device, dtype)
         self.crop = CropPreprocessing(towers.image_size)

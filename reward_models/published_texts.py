@@ -6,8 +6,10 @@ and checked by their SHA-256 either way. The package contains none of them.
 
 from __future__ import annotations
 
+import ast
 import os
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,11 +35,14 @@ class PublishedText:
         filename: Its name in a local folder and in the cache.
         url: Its official home, at a pinned revision.
         sha256: Of its bytes, in hexadecimal digits.
+        literal: Whether the home is a Python file in which the text is one string, or a sum of strings; it is parsed,
+            never run, and the checksum says which string it is.
     """
 
     filename: str
     url: str
     sha256: str
+    literal: bool = False
 
 
 def cache_folder() -> Path:
@@ -72,6 +77,8 @@ def read_text(text: PublishedText, folder: str | Path | None = None, local_files
                 content = answer.read(LARGEST)
         except OSError as error:
             raise WeightsError(f"cannot fetch {text.url}: {error}; {how}") from error
+        if text.literal:
+            content = _find_literal(content, text)
         decoded = _checked(content, text, text.url)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
@@ -87,3 +94,23 @@ def _checked(content: bytes, text: PublishedText, where: str) -> str:
             f"{text.sha256[:16]}...; scores with another text are scores of another model"
         )
     return content.decode("utf-8")
+
+
+def _find_literal(source: bytes, text: PublishedText) -> bytes:
+    """The string of a Python file that has the text's checksum."""
+    try:
+        for node in ast.walk(ast.parse(source)):
+            for string in _strings(node):
+                if sha256(string.encode()).hexdigest() == text.sha256:
+                    return string.encode()
+    except (SyntaxError, ValueError) as error:
+        raise WeightsError(f"{text.url} is no Python file any more: {error}") from error
+    raise WeightsError(f"no string in {text.url} is the published {text.filename!r} with SHA-256 {text.sha256[:16]}...")
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    """The value of a node that is a string or a sum of strings."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from (left + right for left in _strings(node.left) for right in _strings(node.right))

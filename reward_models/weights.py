@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,26 @@ import open_clip
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 
-from diffalign.reward_models.base import RewardInfo, WeightsError
+from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.clip_towers import HFTowers
 
-__all__ = ["build_open_clip", "expected", "load_hf_towers", "locate", "one_line"]
+__all__ = [
+    "CLIP_H",
+    "TOKENIZER_FILES",
+    "clip_h_config",
+    "empty_clip",
+    "empty_open_clip",
+    "expected",
+    "folder_with",
+    "load_clip",
+    "load_hf_towers",
+    "load_tokenizer",
+    "locate",
+    "number_positions",
+    "one_line",
+]
 
 
 def load_hf_towers(
@@ -28,10 +42,6 @@ def load_hf_towers(
 ) -> HFTowers:
     """A CLIPModel and its tokenizer from a folder or the Hub, in float32.
 
-    `model.safetensors` is preferred; a repository with `pytorch_model.bin` only is read with `weights_only=True`,
-    which refuses anything but tensors. Every tensor of the model must be in the file, and no other (but the
-    position ids that old files hold).
-
     Args:
         info: Which model it is, for the default id and the messages.
         path_or_id: Local folder, Hub id, or None for the id in `info`.
@@ -41,13 +51,51 @@ def load_hf_towers(
     Raises:
         WeightsError: If something is missing, damaged, or does not belong together.
     """
+    model = load_clip(info, path_or_id, local_files_only)
+    words = tokenizer if tokenizer is not None else path_or_id if path_or_id is not None else info.weights[0].repo
+    return HFTowers(model, load_tokenizer(info, words, model.config.text_config, local_files_only))
+
+
+def load_clip(
+    info: RewardInfo, path_or_id: str | Path | None = None, local_files_only: bool | None = None
+) -> transformers.CLIPModel:
+    """A CLIPModel from a folder or the Hub, in float32.
+
+    `model.safetensors` is preferred; a repository with `pytorch_model.bin` only is read with `weights_only=True`,
+    which refuses anything but tensors. Every tensor of the model must be in the file, and no other (but the
+    position ids that old files hold).
+
+    Args:
+        info: Which model it is; its first weights are the CLIP's.
+        path_or_id: Local folder, Hub id, or None for the id in `info`.
+        local_files_only: Never ask the Hub; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: If the weights are missing, damaged, or of another model.
+    """
     spec = info.weights[0]
     source, local = locate(info, path_or_id if path_or_id is not None else spec.repo, local_files_only)
     try:
-        model = _load_clip(source, local)
+        return _load_clip(source, local)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise WeightsError(f"cannot load {info.name} from {source!r}: {one_line(error)}; {expected(info)}") from error
-    words, local = locate(info, tokenizer if tokenizer is not None else source, local_files_only)
+
+
+def load_tokenizer(
+    info: RewardInfo, source: str | Path, text_config: Any, local_files_only: bool | None = None
+) -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer from a folder or the Hub.
+
+    Args:
+        info: Which model it is for.
+        source: Local folder or Hub id.
+        text_config: The model's CLIPTextConfig, which the tokenizer must fit.
+        local_files_only: Never ask the Hub; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: If it is missing, damaged, or of another model.
+    """
+    words, local = locate(info, source, local_files_only)
     try:
         tokens = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=local)
         # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
@@ -58,8 +106,61 @@ def load_hf_towers(
             f"cannot load the tokenizer of {info.name} from {words!r}: {one_line(error)}; expected tokenizer.json, or "
             "vocab.json and merges.txt, there or in the local folder of the weights"
         ) from error
-    _check_tokenizer(info, tokens, model.config.text_config, words)
-    return HFTowers(model, tokens)
+    _check_tokenizer(info, tokens, text_config, words)
+    return tokens
+
+
+def folder_with(path_or_id: str | Path | None, names: Collection[str]) -> Path | None:
+    """The local folder of `path_or_id`, a folder or a file in it, if it holds one of the files `names`."""
+    if path_or_id is None:
+        return None
+    path = Path(path_or_id).expanduser()
+    folder = path.parent if path.is_file() else path
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+"""One of these is in every folder with a CLIP tokenizer."""
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Hub id of the ViT-H/14 that many scorers started from; its tokenizer is theirs."""
+
+
+def clip_h_config() -> dict[str, Any]:
+    """Arguments of a CLIPConfig for ViT-H/14, for checkpoints without a configuration."""
+    same = {"num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024}
+    return {
+        "projection_dim": 1024,
+        "text_config": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 49408,
+            "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407, **same,
+        },
+        "vision_config": {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "image_size": 224,
+            "patch_size": 14, **same,
+        },
+    }  # fmt: skip
+
+
+def empty_clip(config: Mapping[str, Any]) -> transformers.CLIPModel:
+    """A CLIPModel without values, on the meta device; `checkpoints.load_complete` gives it some.
+
+    Args:
+        config: Arguments of a CLIPConfig.
+    """
+    with torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig(**copy.deepcopy(dict(config))))
+    number_positions(model)
+    return model
+
+
+def number_positions(model: nn.Module) -> None:
+    """Gives the position ids of transformers' CLIP their values: they are not stored with the weights."""
+    for name, ids in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        if leaf == "position_ids":
+            values = torch.arange(ids.shape[-1])[None]
+            model.get_submodule(parent).register_buffer(leaf, values, persistent=False)
 
 
 def locate(info: RewardInfo, path_or_id: str | Path, local_files_only: bool | None) -> tuple[str, bool]:
@@ -77,11 +178,13 @@ def locate(info: RewardInfo, path_or_id: str | Path, local_files_only: bool | No
     return text, bool(local_files_only)
 
 
-def expected(info: RewardInfo) -> str:
-    """What a message says about where the weights are and how to go without the Hub."""
-    files = " or ".join(dict.fromkeys(f"{w.filename!r} of Hub id {w.repo!r}" for w in info.weights if w.repo))
-    where = f"expected {files}" if files else f"expected {info.weights[0].filename!r} in a local folder"
-    return f"{where}; without network, copy it to a local folder and pass the folder as path"
+def expected(info: RewardInfo, spec: WeightSpec | None = None) -> str:
+    """What a message says about where the weights are (one file, or any of a model's) and how to go without network."""
+    specs = info.weights if spec is None else (spec,)
+    files = [f"{w.filename!r} of Hub id {w.repo!r}" if w.repo else f"{w.filename!r} from {w.url}" for w in specs
+             if w.repo or w.url]  # fmt: skip
+    where = " or ".join(dict.fromkeys(files)) or f"{specs[0].filename!r} in a local folder"
+    return f"expected {where}; without network, copy it to a local folder and pass the folder as path"
 
 
 def one_line(error: BaseException) -> str:
@@ -137,20 +240,15 @@ def _check_tokenizer(info: RewardInfo, tokenizer: Any, text_config: Any, source:
         )
 
 
-def build_open_clip(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> open_clip.CLIP:
-    """A CLIP of open_clip with these weights, in the type they have; no random initialisation, no copy.
+def empty_open_clip(config: Mapping[str, Any]) -> open_clip.CLIP:
+    """A CLIP of open_clip without values, on the meta device; `checkpoints.load_complete` gives it some.
 
     Args:
         config: open_clip model configuration: embed_dim, vision_cfg, text_cfg.
-        state: Exactly the tensors of such a model.
-
-    Raises:
-        RuntimeError: If a tensor is missing, superfluous or of another shape.
     """
     with torch.device("meta"):
         model = open_clip.CLIP(**copy.deepcopy(dict(config)))
-    model.load_state_dict(state, strict=True, assign=True)
-    # The causal mask is not stored with the weights, so it is still without values.
+    # The causal mask is not stored with the weights.
     length = model.context_length
     model.attn_mask = torch.full((length, length), float("-inf")).triu(1)
     return model

@@ -214,3 +214,25 @@ def make_clip() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def hps_config() -> dict[str, object]:
     return OPEN_CLIP_CONFIG
+
+
+def differences(score: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> None:
+    """The gradient of `score` at float64 `pixels` equals central differences along three random directions."""
+    pixels = pixels.detach().double().requires_grad_(True)
+    value = score(pixels)
+    assert value.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(value.sum(), pixels)
+    assert gradient.isfinite().all()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        direction = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            up, down = (score(pixels + step * direction).sum() for step in (1e-5, -1e-5))
+        expected = float((up - down) / 2e-5)
+        assert abs(expected) > 1e-6
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.fixture(scope="session")
+def check_gradient() -> Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], None]:
+    return differences

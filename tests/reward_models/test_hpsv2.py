@@ -10,7 +10,6 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from diffalign.reward_models import HPSv2, WeightsError
-from diffalign.reward_models.hpsv2 import _load_checkpoint
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -101,47 +100,17 @@ def test_damaged_or_foreign_checkpoints_are_refused(make_hps, hps_config, tmp_pa
         assert "\n" not in str(caught.value)
 
     path.write_bytes(whole[:10000])
-    refused("as a file of tensors")
+    refused("cannot read .* as weights of hpsv2.1")
     torch.save({"state_dict": state, "run": torch.nn.Identity()}, path)
     refused("damaged or holds more than plain tensors")
     torch.save(state, path)
     refused("expected a key 'state_dict'")
     torch.save({"state_dict": {k: v for k, v in state.items() if k != "visual.proj"}}, path)
-    refused("does not hold the weights of hpsv2.1: Missing key")
+    refused("cannot load hpsv2.1 .*: 1 tensors are missing, such as 'visual.proj'")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
-    refused("does not hold the weights of hpsv2.1")
+    refused("tensors are missing, such as .* tensors are not of this model, such as 'module.ln_final.bias'")
     torch.save({"state_dict": {**state, "visual.proj": torch.ones(2, 2)}}, path)
-    refused("size mismatch for visual.proj")
-
-
-def test_full_size_layout(tmp_path):
-    """The 686 tensors of ViT-H-14, by name and shape, load into the model we build; nothing is allocated."""
-    expected: dict[str, tuple[int, ...]] = {
-        "logit_scale": (), "positional_embedding": (77, 1024), "text_projection": (1024, 1024),
-        "token_embedding.weight": (49408, 1024), "ln_final.weight": (1024,), "ln_final.bias": (1024,),
-        "visual.class_embedding": (1280,), "visual.positional_embedding": (257, 1280), "visual.proj": (1280, 1024),
-        "visual.conv1.weight": (1280, 3, 14, 14),
-        **{f"visual.{n}.{w}": (1280,) for n in ("ln_pre", "ln_post") for w in ("weight", "bias")},
-    }  # fmt: skip
-    for pre, d, layers in (("", 1024, 24), ("visual.", 1280, 32)):
-        for i in range(layers):
-            at = f"{pre}transformer.resblocks.{i}."
-            shapes = {
-                "attn.in_proj_": (3 * d, d),
-                "attn.out_proj.": (d, d),
-                "mlp.c_fc.": (4 * d, d),
-                "mlp.c_proj.": (d, 4 * d),
-            }
-            for name, shape in shapes.items():
-                expected |= {f"{at}{name}weight": shape, f"{at}{name}bias": shape[:1]}
-            expected |= {f"{at}{n}.{w}": (d,) for n in ("ln_1", "ln_2") for w in ("weight", "bias")}
-    assert len(expected) == 686
-    torch.save({"state_dict": {k: torch.empty(s, device="meta") for k, s in expected.items()}}, tmp_path / "meta.pt")
-    model = _load_checkpoint(HPSv2.info, tmp_path / "meta.pt", open_clip.get_model_config("ViT-H-14"))
-    assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == expected
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert (model.visual.image_size, model.visual.transformer.resblocks[0].attn.num_heads) == ((224, 224), 16)
-    assert model.attn_mask.device.type == "cpu"
+    refused(r"'visual.proj' is \[2, 2\] instead of \[32, 16\]")
 
 
 def test_masks_equal_open_clips_own(hps, hps_config):

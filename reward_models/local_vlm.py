@@ -1,0 +1,142 @@
+"""A chat vision-language model of transformers that answers questions in this process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from diffalign.reward_models.answering import Answer, Question
+from diffalign.reward_models.base import RewardInfo, WeightsError
+from diffalign.reward_models.weights import expected, locate, one_line
+
+__all__ = ["LocalVLM"]
+
+
+class LocalVLM(nn.Module):
+    """An `Answerer`: a chat VLM of transformers (Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, Gemma, InternVL ...).
+
+    Decoding is greedy; the other settings of the model's generation config (a repetition penalty, end tokens) stay as
+    published. Questions are answered one by one, so that no answer depends on padding or on its neighbours.
+    """
+
+    def __init__(
+        self,
+        info: RewardInfo,
+        path_or_id: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        local_files_only: bool | None = None,
+        chat_template_options: Mapping[str, Any] | None = None,
+    ):
+        """Loads model and processor, completely or not at all; never code that comes with the weights.
+
+        Args:
+            info: For which reward model, for the messages.
+            path_or_id: Folder in the layout of transformers, or a Hub id.
+            device: As in `RewardModel.from_pretrained`.
+            dtype: As in `RewardModel.from_pretrained`.
+            local_files_only: As in `RewardModel.from_pretrained`.
+            chat_template_options: Variables of the chat template, such as {"enable_thinking": False} for Qwen3.5.
+
+        Raises:
+            WeightsError: If something is missing, damaged, or no chat VLM that transformers knows.
+        """
+        super().__init__()
+        source, local = locate(info, path_or_id, local_files_only)
+        dtype = torch.float32 if dtype == "auto" else dtype
+        try:
+            self.processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=local)
+            model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+                source, local_files_only=local, dtype=dtype, output_loading_info=True, weights_only=True
+            )
+            _check_complete(model, report)
+            tokenizer = getattr(self.processor, "tokenizer", None)
+            if tokenizer is None or not self.processor.chat_template:
+                raise ValueError("its processor has no tokenizer or no chat template, so it cannot be asked anything")
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError,
+                pickle.UnpicklingError) as error:  # fmt: skip
+            raise WeightsError(
+                f"cannot load {info.name} from {source!r}: {one_line(error)}; expected config.json, model.safetensors, "
+                f"processor and tokenizer of a chat VLM of transformers; {expected(info)}"
+            ) from error
+        where = torch.accelerator.current_accelerator() if device == "auto" else torch.device(device)
+        self.model = model.eval().requires_grad_(False).to(where or "cpu")
+        self.tokenizer = tokenizer
+        self.chat_template_options = dict(chat_template_options or {})
+
+    @property
+    def identity(self) -> str:
+        """See `Answerer`."""
+        options = json.dumps(self.chat_template_options, sort_keys=True)
+        return f"{type(self.model).__name__} {self.model.dtype} {options}"
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """See `Answerer`."""
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question: Question) -> Answer:
+        content = [*({"type": "image", "image": image} for image in question.images)]
+        content.append({"type": "text", "text": question.text})
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            **self.chat_template_options,
+        ).to(self.model.device, self.model.dtype)  # fmt: skip
+        greedy = copy.deepcopy(self.model.generation_config)
+        greedy.update(
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
+            max_new_tokens=question.max_tokens, return_dict_in_generate=True, output_logits=bool(question.words),
+        )  # fmt: skip
+        watch = _Finite()
+        output = self.model.generate(
+            **inputs, generation_config=greedy, logits_processor=transformers.LogitsProcessorList([watch])
+        )
+        if not watch.finite:
+            return Answer(error="the model's logits are not finite")
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        ends = greedy.eos_token_id if isinstance(greedy.eos_token_id, list) else [greedy.eos_token_id]
+        return Answer(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            finished=new[-1].item() in ends,
+            probabilities=self._probabilities(output.logits[0][0], question.words) if question.words else {},
+        )
+
+    def _probabilities(self, logits: Tensor, words: Sequence[str]) -> dict[str, float]:
+        """Of each word that is one token, the probability under raw logits [V]: no penalty, no temperature."""
+        probabilities = logits.float().softmax(-1)
+        ids = {word: self.tokenizer.encode(word, add_special_tokens=False) for word in words}
+        return {word: probabilities[i[0]].item() for word, i in ids.items() if len(i) == 1}
+
+
+class _Finite(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Notices logits that are not finite; of NaN the first token would be "chosen" without a word.
+
+    Minus infinity is allowed: it is what other processors and padded vocabularies write.
+    """
+
+    def __init__(self) -> None:
+        self.finite = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = self.finite and not bool(scores.isnan().any() or (scores == torch.inf).any())
+        return scores
+
+
+def _check_complete(model: Any, report: Mapping[str, Any]) -> None:
+    """Raises if a tensor of the model got no value, or one of the file went nowhere."""
+    for what, key in (("missing", "missing_keys"), ("not of this model", "unexpected_keys")):
+        names = sorted(report[key])
+        if names:
+            total = len(model.state_dict())
+            raise ValueError(f"{len(names)} tensors are {what} (the model has {total}), such as {names[0]!r}")

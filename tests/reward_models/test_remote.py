@@ -1,0 +1,437 @@
+"""Reward models over HTTP: the server, its limits, and the client in front of servers that fail."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import pickle
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from diffalign.cli import cli
+from diffalign.reward_models import RewardInfo, RewardModel, ShapesScore, WeightsError, load_reward_model
+from diffalign.reward_models.base import Scores
+from diffalign.reward_models.media import Media, Video, read_clip
+from diffalign.reward_models.remote import TOKEN_ENV
+from diffalign.reward_models.server import Worker, build_app, check_access
+from diffalign.reward_models.wire import Limits
+
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+TOKEN = "not a secret"
+
+
+class Brightness(RewardModel):
+    """The mean of a clip's pixels and their spread, which stands for any model of clips."""
+
+    info = RewardInfo(
+        name="brightness", license="none", weights=(), kind=frozenset({"video"}), dims=("spread", "mean"),
+        needs_prompt=False, nominal_range=(0.0, 1.0),
+    )  # fmt: skip
+    item_ndim = 4
+
+    def preprocess(self, item: Media) -> torch.Tensor:
+        frames = read_clip(item, lambda count, fps: range(count))
+        return torch.stack([torch.frombuffer(bytearray(f.tobytes()), dtype=torch.uint8) for f in frames]).float() / 255
+
+    def score_prepared(self, prepared: list[torch.Tensor], texts: list[str]) -> Scores:
+        if "fail" in texts:
+            raise RuntimeError("a secret of the server")
+        means = torch.stack([clip.mean() for clip in prepared])
+        return Scores({"spread": means * 0, "mean": means}, uncertainty=means / 2, raw=[f"{m:.3f}" for m in means])
+
+
+@contextmanager
+def running(app: Any) -> Iterator[int]:
+    """A real server on a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(shapes_folder: Path) -> Iterator[int]:
+    models = [ShapesScore(shapes_folder), Brightness()]
+    limits = Limits(body=3_000_000, pixels=1_000_000, items=50, prompt=20_000)
+    with running(build_app(models, token=TOKEN, limits=limits, batch_size=8)) as port:
+        yield port
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_ENV, TOKEN)
+
+
+def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    """Status and content of an answer; `body` as JSON unless it is bytes or an iterator."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    if body is not None and not isinstance(body, bytes | Iterator):
+        body = json.dumps(body).encode()
+    connection.request(method, path, body, {"Authorization": f"Bearer {TOKEN}"} if headers is None else headers)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    return response.status, content
+
+
+def b64(image: Image.Image, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_remote_scores_are_the_local_ones(port, shapes_folder, photos, tmp_path):
+    local = ShapesScore(shapes_folder)
+    remote = load_reward_model("remote", path=f"http://127.0.0.1:{port}", model="shapes")
+    assert remote.info == local.info
+    assert remote.fingerprint() == local.fingerprint()
+    media = [*photos, tmp_path / "no.png", photos[0].convert("RGBA")]
+    prompts = ["a red circle", "ü", "x", "y", "word " * 2000]
+    expected = local.score(media, prompts, on_invalid="nan")
+    for size in (2, 32):
+        found = remote.score(media, prompts, on_invalid="nan", batch_size=size)
+        torch.testing.assert_close(found.score, expected.score, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert found.errors == expected.errors
+    with pytest.raises(NotImplementedError, match="no gradient path"):
+        remote.score_tensor(torch.zeros(1, 3, 8, 8), "x")
+
+
+@pytest.mark.slow
+def test_clips_travel_as_frames_or_files(port, tmp_path):
+    from diffalign.videos import to_mp4
+
+    clip = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clip = (clip * 255).round() / 255
+    (tmp_path / "clip.mp4").write_bytes(to_mp4(clip, 8))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    remote = load_reward_model("remote", path=f"http://127.0.0.1:{port}#brightness")
+    assert remote.item_ndim == 4
+    media = [clip, Video(clip, 8.0), tmp_path / "clip.mp4", tmp_path / "empty.mp4", tmp_path / "none.mp4"]
+    expected = Brightness().score(media, on_invalid="nan")
+    found = remote.score(media, on_invalid="nan")
+    assert found.valid.tolist() == [True, True, True, False, False]
+    torch.testing.assert_close(found.score, expected.score, equal_nan=True)
+    torch.testing.assert_close(found.uncertainty, expected.uncertainty, equal_nan=True)
+    assert found.dims.keys() == {"spread", "mean"}
+    assert found.raw is not None
+    assert found.raw[0] == f"{float(clip.mean()):.3f}"
+    assert "the file is empty" in str(found.errors[3])
+
+
+def test_many_clients_at_once_get_their_own_scores(port, shapes_folder, photos):
+    local = ShapesScore(shapes_folder)
+    remote = load_reward_model("remote", path=f"http://127.0.0.1:{port}", model="shapes")
+    prompts = [f"prompt {i}" for i in range(12)]
+    expected = [float(local(photos[i % 3], prompt)) for i, prompt in enumerate(prompts)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda i: float(remote(photos[i % 3], prompts[i])), range(12)))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_token_is_asked_for_before_the_body(port, monkeypatch):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        # 10 GB are announced and never sent: the answer comes without them.
+        status, content = ask(port, "POST", "/v1/score", b"", headers | {"Content-Length": "10000000000"})
+        assert (status, content) == (401, {"error": {"message": "the token is missing or wrong"}})
+        assert ask(port, "GET", "/v1/models", headers=headers)[0] == 401
+    assert ask(port, "GET", "/health", headers={}) == (
+        200,
+        {"status": "ok", "models": ["shapes", "brightness"], "waiting": 0},
+    )
+    monkeypatch.setenv(TOKEN_ENV, "wrong")
+    with pytest.raises(
+        WeightsError, match=rf"answered 401: the token is missing or wrong; set {TOKEN_ENV} to its token"
+    ):
+        load_reward_model("remote", path=f"http://127.0.0.1:{port}#shapes")
+
+
+def test_bodies_over_the_limit_are_not_read(port):
+    announced = {"Authorization": f"Bearer {TOKEN}", "Content-Length": "3000001"}
+    status, content = ask(port, "POST", "/v1/score", b"", announced)
+    assert status == 413
+    assert "larger than 3000000 bytes" in content["error"]["message"]
+    status, _ = ask(port, "POST", "/v1/score", iter([b" " * 1_000_000] * 4))  # in chunks, without a length
+    assert status == 413
+
+
+def test_pixels_over_the_limit_and_other_content_are_not_decoded(port):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+    small = Image.new("RGB", (8, 8), "red")
+    items = {
+        "larger than the limit of 1000000 pixels": {"image_b64": base64.b64encode(huge).decode()},
+        "1001x1000 is larger": {"image_b64": b64(Image.new("RGB", (1001, 1000)))},
+        "not a picture in one of the formats PNG, JPEG, WEBP": {"image_b64": b64(small, "GIF")},
+        "not a picture": {"image_b64": base64.b64encode(pickle.dumps({"a": 1})).decode()},
+        "not base64": {"image_b64": "%%%"},
+        "expected one of image_b64": {"uri": "file:///etc/passwd"},
+        "cannot be read": {"image_b64": b64(small)[:60] + "=="},
+        "there is no prompt": {"image_b64": b64(small), "prompt": None},
+    }
+    good = {"image_b64": b64(small), "prompt": "p"}
+    body = {"model": "shapes", "items": [good, *({"prompt": "p"} | item for item in items.values()), good]}
+    status, content = ask(port, "POST", "/v1/score", body)
+    assert status == 200
+    first, *bad, last = content["results"]
+    assert first == last
+    assert first["valid"] is True
+    assert first["error"] is None
+    for message, result in zip(items, bad, strict=True):
+        assert result["valid"] is False
+        assert result["dims"] == {"overall": None}
+        assert message in result["error"], (message, result)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"\x80\x04 no JSON", 400, "the request is no JSON"),
+        ([1], 400, "expected {"),
+        ({"model": "shape", "items": [{}]}, 404, "there is no model 'shape' (available: shapes, brightness)"),
+        ({"model": "shapes", "items": []}, 413, "expected 1 to 50 items, got 0"),
+        ({"model": "shapes", "items": [{}] * 51}, 413, "got 51"),
+        ({"model": "shapes", "items": [{"prompt": 3}]}, 400, "item 0 must be an object"),
+        ({"model": "shapes", "items": [{"prompt": "x" * 20_001}]}, 413, "longer than 20000 characters"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(port, body, status, message):
+    found, content = ask(port, "POST", "/v1/score", body)
+    assert found == status
+    assert message in content["error"]["message"]
+
+
+def test_a_model_that_fails_takes_nobody_along(port):
+    item = {"frames_b64": [b64(Image.new("RGB", (8, 8), "white"))]}
+    status, content = ask(port, "POST", "/v1/score", {"model": "brightness", "items": [item | {"prompt": "fail"}]})
+    assert status == 500
+    assert content == {"error": {"message": "brightness failed: RuntimeError"}}
+    status, content = ask(port, "POST", "/v1/score", {"model": "brightness", "items": [item]})
+    assert (status, content["results"][0]["dims"]["mean"]) == (200, 1.0)
+
+
+def test_a_job_that_fails_does_not_fail_those_scored_with_it():
+    worker = Worker({"brightness": Brightness()}, 8, Limits())
+    frame = {"frames_b64": [b64(Image.new("RGB", (8, 8), "white"))]}
+    jobs = [worker.submit("brightness", [frame | {"prompt": prompt}]) for prompt in ("good", "fail", "fine")]
+    gone = worker.submit("brightness", [frame])
+    gone.cancel()
+    worker.start()
+    assert jobs[0].result(20)[0]["dims"]["mean"] == 1
+    assert jobs[2].result(20)[0]["valid"] is True
+    with pytest.raises(RuntimeError, match="a secret"):
+        jobs[1].result(20)
+    worker.stop()
+
+
+def test_models_that_compare_media_are_not_served():
+    model = Brightness()
+    model.info = replace(model.info, groupwise=True)
+    with pytest.raises(ValueError, match="brightness compares media"):
+        build_app([model])
+    with pytest.raises(ValueError, match=r"different names, got \['brightness', 'brightness'\]"):
+        build_app([Brightness(), Brightness()])
+
+
+def test_others_are_let_in_with_a_token_only():
+    check_access("127.0.0.1", None)
+    check_access("0.0.0.0", "token")
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0 without a token would let everyone in"):
+        check_access("0.0.0.0", None)
+    result = CliRunner().invoke(cli, ["serve-reward", "shapes", "--token-env", "NO_SUCH_VARIABLE"])
+    assert result.exit_code == 2
+    assert "'NO_SUCH_VARIABLE' is not set" in result.output
+
+
+def test_scores_of_a_folder_through_a_server(port, shapes_folder, photos, tmp_path):
+    (tmp_path / "media").mkdir()
+    for i, picture in enumerate(photos):
+        picture.save(tmp_path / "media" / f"{i}.png")
+        (tmp_path / "media" / f"{i}.txt").write_text(f"prompt {i}")
+    for reward in (f"remote=http://127.0.0.1:{port}#shapes", f"shapes={shapes_folder}"):
+        arguments = ["score", str(tmp_path / "media"), "--reward", reward, "--output", str(tmp_path / "o.jsonl")]
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+    assert "0 scores computed, 3 reused" in result.output, "the same weights give the same scores wherever they are"
+
+
+# --- servers that fail -----------------------------------------------------------------------------------------------
+
+ABOUT = {"name": "m", "license": "x", "weights": [], "kind": ["image"], "dims": ["overall"], "fingerprint": "f"}
+
+
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler, int], None]) -> Iterator[tuple[str, list[str]]]:
+    """A server that lists one model and answers the n-th request for scores as told; its address and the requests."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            send(self, 200, {"models": [ABOUT]})
+
+        def do_POST(self) -> None:
+            seen.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            answer(self, len(seen))
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def send(handler: BaseHTTPRequestHandler, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    handler.send_response(status)
+    for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def good(score: float) -> dict[str, Any]:
+    return {"results": [{"valid": True, "dims": {"overall": score}}]}
+
+
+def connect(address: str, **options: Any) -> RewardModel:
+    return load_reward_model("remote", path=address, **{"backoff": 0.01, "timeout": 0.3, "retries": 2, **options})
+
+
+PICTURE = Image.new("RGB", (8, 8), "red")
+
+
+def test_a_server_that_hangs_gives_invalid_rows_in_time():
+    release = threading.Event()
+
+    def trickle(handler: BaseHTTPRequestHandler, number: int) -> None:
+        """Nothing at first, then a byte now and then, which keeps a socket's timeout from striking."""
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        while number > 1 and not release.wait(0.05):
+            try:
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+            except OSError:
+                return
+        release.wait(20)
+
+    with answering(trickle) as (address, seen):
+        model = connect(address)
+        started = time.monotonic()
+        output = model.score([PICTURE, PICTURE], "p", on_invalid="nan")
+        seconds = time.monotonic() - started
+        release.set()
+    assert output.valid.tolist() == [False, False]
+    assert output.score.isnan().all()
+    assert output.errors[0] == "medium 0: no answer from 127.0.0.1 within 0.3 s (3 attempts)"
+    assert len(seen) == 3
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_retried_are_429_and_5xx(status):
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        send(
+            handler,
+            *((status, {"error": {"message": "later"}}, {"Retry-After": "0"}) if number < 3 else (200, good(3))),
+        )
+
+    with answering(answer) as (address, seen):
+        assert float(connect(address)(PICTURE, "p")) == 3
+        assert len(seen) == 3
+        assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message"),
+    [
+        (400, {"error": {"message": "no\nthanks"}}, "answered 400: no thanks"),
+        (413, b"<html>too large</html>", "answered 413: <html>too large</html>"),
+        (200, b"<html>", "is no JSON: '<html>'"),
+        (200, {"scores": [1]}, "sent no scores: KeyError('results')"),
+        (200, {"results": []}, "0 results for 1 items"),
+        (200, {"results": [{"valid": True, "dims": {"overall": "high"}}]}, "could not convert string to float"),
+        (200, {"results": [{"valid": True, "dims": {}}]}, "m gave a score that is not finite"),
+        (200, {"results": [{"valid": False, "dims": {}, "error": "bad picture"}]}, "bad picture"),
+        (200, {"results": [{"valid": False, "dims": {"overall": 0}}]}, "no score and no reason"),
+    ],
+)
+def test_other_answers_are_not_asked_for_again_and_are_no_score(status, content, message):
+    with answering(lambda handler, _: send(handler, status, content)) as (address, seen):
+        output = connect(address).score(PICTURE, "p", on_invalid="nan")
+    assert output.score.isnan().all()
+    assert not output.valid.any()
+    assert message in str(output.errors[0])
+    assert "\n" not in str(output.errors[0])
+    assert len(seen) == 1
+
+
+def test_large_batches_are_several_requests(monkeypatch):
+    monkeypatch.setattr("diffalign.reward_models.remote.LARGEST_REQUEST", 250)
+
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        items = json.loads(seen[-1])["items"]
+        if number == 2:
+            send(handler, 400, {"error": "not these"})
+        else:
+            send(handler, 200, {"results": [good(float(item["prompt"]))["results"][0] for item in items]})
+
+    with answering(answer) as (address, seen):
+        output = connect(address).score([PICTURE] * 5, ["0", "1", "2", "3", "4"], on_invalid="nan")
+    sizes = [len(json.loads(body)["items"]) for body in seen]
+    assert sum(sizes) == 5
+    assert len(sizes) >= 3
+    missing = range(sizes[0], sizes[0] + sizes[1])
+    assert output.valid.tolist() == [i not in missing for i in range(5)]
+    assert [value for value in output.score.tolist() if value == value] == [i for i in range(5) if i not in missing]
+
+
+def test_a_server_that_is_not_there_or_another_is_named():
+    with answering(lambda handler, _: None) as (address, _):
+        with pytest.raises(WeightsError, match=r"there is no 'n' \(available: m\)"):
+            connect(f"{address}#n")
+        gone = address
+    with pytest.raises(WeightsError, match="the connection to 127.0.0.1 failed: .*is `diffalign serve-reward` running"):
+        connect(gone)
+    for wrong in ("", "localhost:8000", "ftp://a"):
+        with pytest.raises(ValueError, match="expected an address such as http://localhost:8000"):
+            connect(wrong)
+    with pytest.raises(ValueError, match="holds a password") as caught:
+        connect("http://user:hunter2@host")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ValueError, match="expected timeout > 0"):
+        connect("http://localhost", timeout=0)
