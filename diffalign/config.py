@@ -20,7 +20,6 @@ from diffalign.mining import PairsConfig
 from diffalign.rollout_config import RolloutConfig
 from diffalign.validation import explain, unknown_key
 
-
 C = TypeVar("C", bound=BaseModel)
 
 

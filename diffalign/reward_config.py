@@ -40,6 +40,7 @@ class ScorerConfig(_Strict):
         image_groups: How many groups of the image tower's layers are trained, from the output: the projection, the last
             block with its norm, the other blocks one by one, the embeddings. None is all.
         text_groups: The same for the text tower; 0 freezes it.
+        learning_rates: Rates of weights by a part of their names, beside `training.learning_rate` for the others.
         max_logit_scale: exp(logit_scale) is kept at most this and at least 1 after each step; None leaves it alone.
     """
 
@@ -57,6 +58,7 @@ class ScorerConfig(_Strict):
     weighting: Literal["none", "prompt"] = "none"
     image_groups: int | None = Field(default=None, ge=0)
     text_groups: int | None = Field(default=None, ge=0)
+    learning_rates: dict[str, float] = Field(default_factory=dict)
     max_logit_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
 
     @model_validator(mode="after")

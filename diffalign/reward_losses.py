@@ -49,8 +49,8 @@ def listwise_loss(rewards: Tensor, target: Tensor) -> Tensor:
 def bradley_terry_loss(difference: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(d - m), where the first item is the preferred one.
 
-    Bradley & Terry 1952, without a margin. With m the difference of two ratings it is the "margin" loss of VideoReward's
-    code, with m = `CONSTANT_MARGIN` its "constant margin" (Liu et al. 2025, arXiv:2501.13918).
+    Bradley & Terry 1952, without a margin. With m the difference of two ratings it is the "margin" loss of
+    VideoReward's code, with m = `CONSTANT_MARGIN` its "constant margin" (Liu et al. 2025, arXiv:2501.13918).
     """
     return F.softplus(margin - difference)
 
@@ -81,8 +81,8 @@ def rating_loss(rewards: Tensor, ratings: Tensor, centre: float = 3.0) -> Tensor
 def uncertainty_loss(mean: Tensor, deviation: Tensor, noise: Tensor | None = None) -> Tensor:
     """Mean over e of -log sigmoid(mu_z + sigma_z e), e standard normal; the first item is the preferred one.
 
-    Ma et al. 2025, "HPSv3: Towards Wide-Spectrum Human Preference Score" (arXiv:2508.03789), as released: an upper bound
-    (Jensen) of -log E sigmoid(z), the probability that the paper writes, see `expected_preference`. The released code
+    Ma et al. 2025, "HPSv3: Towards Wide-Spectrum Human Preference Score" (arXiv:2508.03789), as released: an upper
+    bound (Jensen) of -log E sigmoid(z), the probability that the paper writes, see `expected_preference`. The released code
     draws e in half precision; here everything is in the type of `mean`.
 
     Args:

@@ -25,7 +25,7 @@ def check_training(config: RunConfig, prediction: Prediction, law: str) -> None:
     Raises:
         ConfigError: With one line that says what was found and what to do.
     """
-    _check_tracker(config.training.report_to)
+    check_tracker(config.training.report_to)
     try:
         check_attention(config.model.attention)
         check_optimizer(config.training)
@@ -34,7 +34,7 @@ def check_training(config: RunConfig, prediction: Prediction, law: str) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _check_tracker(name: str | None) -> None:
+def check_tracker(name: str | None) -> None:
     """Accelerate leaves out a tracker whose package is missing, without a word."""
     modules = TRACKERS.get(name or "")
     if modules and not any(importlib.util.find_spec(module) for module in modules):

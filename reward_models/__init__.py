@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffalign.reward_models.clips import FrameByFrame
     from diffalign.reward_models.clipscore import CLIPScore
     from diffalign.reward_models.composition import Part, Weighted
+    from diffalign.reward_models.geneval import GenEval
     from diffalign.reward_models.grouped import Grouped
     from diffalign.reward_models.hpsv2 import HPSv2
     from diffalign.reward_models.hpsv3 import HPSv3
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIPScore",
     "FrameByFrame",
+    "GenEval",
     "Grouped",
     "HPSv2",
     "HPSv3",
@@ -94,6 +96,7 @@ __all__ = [
 
 _HOMES = {
     "CLIPScore": "clipscore",
+    "GenEval": "geneval",
     "Grouped": "grouped",
     "FrameByFrame": "clips",
     "HPSv2": "hpsv2",
@@ -135,6 +138,8 @@ _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clipscore-torchmetrics": ("clipscore", {"variant": "torchmetrics"}),
     "clipscore-logit": ("clipscore", {"variant": "logit"}),
     "imagereward": ("image_reward", {}),
+    "geneval-official": ("geneval", {"score": "official"}),
+    "geneval-strict": ("geneval", {"score": "strict"}),
     "jpeg_compressibility": ("jpeg", {"goal": "compressibility"}),
     "jpeg_incompressibility": ("jpeg", {"goal": "incompressibility"}),
     "weighted": ("composition", {}),

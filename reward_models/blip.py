@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from diffalign.reward_models.base import RewardInfo, WeightsError
 from diffalign.reward_models.weights import locate, number_positions, one_line
 
-__all__ = ["TEXT_KEYS", "BlipTowers", "BlipWithHead", "load_tokenizer", "own_to_published", "published_to_own", "read_text_config"]
+__all__ = [
+    "TEXT_KEYS",
+    "BlipTowers",
+    "BlipWithHead",
+    "load_tokenizer",
+    "own_to_published",
+    "published_to_own",
+    "read_text_config",
+]
 
 VIT_LARGE: Mapping[str, Any] = {
     "hidden_size": 1024,

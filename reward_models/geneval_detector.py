@@ -94,7 +94,8 @@ class Mask2FormerDetector(nn.Module):
         super().__init__()
         if min(short_side, batch_size) < 1 or long_side < short_side:
             raise ValueError(
-                f"expected 1 <= short_side <= long_side and batch_size >= 1, got {short_side}, {long_side}, {batch_size}"
+                f"expected 1 <= short_side <= long_side and batch_size >= 1, got {short_side}, {long_side} and "
+                f"{batch_size}"
             )
         self.short_side, self.long_side, self.batch_size = short_side, long_side, batch_size
         self.source = str(path_or_id) if path_or_id is not None else DETECTOR.repo
@@ -183,7 +184,9 @@ def read_queries(class_logits: Tensor, mask_logits: Tensor, prepared: Prepared, 
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     classes = probabilities.shape[1]
     top, places = probabilities.flatten().topk(min(TOP, probabilities.numel()))
-    pairs = [(p, i // classes, i % classes) for p, i in zip(top.tolist(), places.tolist(), strict=True) if p > threshold]
+    pairs = [
+        (p, i // classes, i % classes) for p, i in zip(top.tolist(), places.tolist(), strict=True) if p > threshold
+    ]
     queries = sorted({query for _, query, _ in pairs})
     seen: dict[int, tuple[float, Box, Any]] = {}
     for start in range(0, len(queries), _CHUNK):
@@ -258,9 +261,7 @@ def load_network(path_or_id: str | Path | None = None, local_files_only: bool | 
         if not isinstance(config, transformers.Mask2FormerConfig):
             raise ValueError(f"config.json is of a {config.model_type!r}, expected a 'mask2former'")
         if config.num_labels != CLASSES:
-            raise ValueError(
-                f"it has {config.num_labels} classes, expected COCO's {CLASSES} of the instance variant, not the panoptic"
-            )
+            raise ValueError(f"it has {config.num_labels} classes; expected COCO's {CLASSES} of the instance variant")
         network, report = InstanceNetwork.from_pretrained(
             source,
             config=config,

@@ -1,8 +1,8 @@
 """GenEval's rules: from the objects a detector found in a picture to right or wrong, and why.
 
 Source: Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment"
-(arXiv:2310.11513); where the paper gives no number, the released evaluation code does, and it is followed. The rules are
-pure functions of boxes, scores and colour names. They need no image and no weights.
+(arXiv:2310.11513); where the paper gives no number, the released evaluation code does, and it is followed. The rules
+are pure functions of boxes, scores and colour names. They need no image and no weights.
 """
 
 from __future__ import annotations

@@ -291,15 +291,15 @@ class TrainablePAL(Trainable):
 
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|resblocks|blocks)\.(\d+)\.")
-_PROJECTIONS = re.compile(r"(?:^|\.)(?:visual_projection\.weight|text_projection(?:\.weight)?|visual\.proj|merger\..*)$")
+_PROJECTIONS = re.compile(r"(?:^|\.)(?:visual_projection\.weight|text_projection(\.weight)?|visual\.proj|merger\..*)$")
 _LAST_NORMS = re.compile(r"(?:^|\.)(?:post_layernorm|ln_post|final_layer_norm|ln_final|norm)\.(?:weight|bias)$")
 
 
 def thaw(named: Iterable[tuple[str, nn.Parameter]], groups: int | None) -> None:
     """Lets the last groups of a tower be trained; None is all of them.
 
-    Groups are counted from the output as open_clip's `lock` counts them: the projection, if there is one; the last block
-    with the norm behind it; every other block; the embeddings with all that comes before the first block.
+    Groups are counted from the output as open_clip's `lock` counts them: the projection, if there is one; the last
+    block with the norm behind it; every other block; the embeddings with all that comes before the first block.
     """
     named = list(named)
     blocks = [int(found[1]) for name, _ in named if (found := _BLOCK.search(name))]

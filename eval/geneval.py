@@ -1,0 +1,383 @@
+"""GenEval on real pictures, without mmdet: 553 prompts in six tasks, judged by a detector and CLIP.
+
+The rules are in `diffalign.reward_models.geneval_rules`, the detector beside them: the same verdict is a reward as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffalign.eval.base import Benchmark, Case, Report, Row, Score, unique_rows
+from diffalign.eval.geneval_files import FITTING, JOINT
+from diffalign.eval.statistics import (
+    RESAMPLES,
+    bootstrap_mean,
+    bootstrap_mean_of_tasks,
+    mean_of_tasks,
+    wilson_interval,
+)
+from diffalign.eval.tables import interval, percent
+from diffalign.prompts import task_shares
+from diffalign.reward_models.geneval import GenEval as Judge
+from diffalign.reward_models.geneval import Judged
+from diffalign.reward_models.geneval_prompts import METADATA, by_prompt, read_metadata
+from diffalign.reward_models.geneval_rules import TAGS, Mode, Rules, Wanted
+from diffalign.reward_models.media import InvalidMediaError, Media
+from diffalign.reward_models.published_texts import PublishedText
+
+__all__ = ["GenEval", "PUBLISHED", "render"]
+
+SEED = 42
+"""Of the first sample of every prompt, as in the released generator, which sets it anew for every prompt."""
+SATURATED = 0.80
+"""Overall score above which the judge's own errors weigh more than the differences of models."""
+
+_README, _MEMORY = "README of the released code", "the model's own report, from memory and not confirmed here"
+
+
+def _published(model: str, overall: float, tasks: str = "", source: str = _MEMORY) -> dict[str, Any]:
+    values = [float(value) for value in tasks.split()]
+    return {"model": model, "overall": overall, "tasks": dict(zip(TAGS, values, strict=bool(values))), "source": source}
+
+
+PUBLISHED: tuple[Mapping[str, Any], ...] = (
+    _published("CLIP retrieval", 0.35, source=_README),
+    _published("minDALL-E", 0.23, "0.73 0.11 0.12 0.37 0.02 0.01", _README),
+    _published("SD 1.5", 0.43, "0.97 0.38 0.35 0.76 0.04 0.06", _README),
+    _published("SD 2.1", 0.50, "0.98 0.51 0.44 0.85 0.07 0.17", _README),
+    _published("SDXL", 0.55, "0.98 0.74 0.39 0.85 0.15 0.23", _README),
+    _published("IF-XL", 0.61, "0.97 0.74 0.66 0.81 0.13 0.35", _README),
+    _published("PixArt-alpha", 0.48, "0.98 0.50 0.44 0.80 0.08 0.07"),
+    _published("DALL-E 2", 0.52, "0.94 0.66 0.49 0.77 0.10 0.19"),
+    _published("DALL-E 3", 0.67, "0.96 0.87 0.47 0.83 0.43 0.45"),
+    _published("SD 3 Medium", 0.62, "0.98 0.74 0.63 0.67 0.34 0.36"),
+    _published("SD 3 8B", 0.68),
+    _published("SD 3 8B, DPO", 0.71),
+    _published("SD 3.5 Medium", 0.63, "0.98 0.78 0.50 0.81 0.24 0.52"),
+    _published("SD 3.5 Large", 0.71, "0.98 0.89 0.73 0.83 0.34 0.47"),
+    _published("FLUX.1-dev", 0.66, "0.98 0.81 0.74 0.79 0.22 0.45"),
+    _published("Sana 1.6B", 0.66, "0.99 0.77 0.62 0.88 0.21 0.47"),
+    _published("SANA-1.5 4.8B", 0.81, "0.99 0.93 0.86 0.84 0.59 0.65"),
+    _published("Janus-Pro 7B", 0.80, "0.99 0.89 0.59 0.90 0.79 0.66"),
+    _published("OmniGen2", 0.80, "1.0 0.95 0.64 0.88 0.55 0.76"),
+    _published("BAGEL", 0.82, "0.99 0.94 0.81 0.88 0.64 0.63"),
+    _published("HiDream-I1-Full", 0.83, "1.0 0.98 0.79 0.91 0.60 0.72"),
+    _published("GPT-Image-1", 0.84, "0.99 0.92 0.85 0.92 0.75 0.61"),
+    _published("Seedream 3", 0.84),
+    _published("Qwen-Image", 0.87, "0.99 0.92 0.89 0.88 0.76 0.77"),
+    _published("SD 3.5 Medium, Flow-GRPO on a GenEval reward", 0.95, "1.0 0.99 0.95 0.92 0.99 0.86"),
+)
+"""Scores that others published, with mmdet's detector and the original prompts, in shares; each with its source."""
+
+
+class GenEval(Benchmark):
+    """The share of right pictures in six tasks, and the mean of the six.
+
+    Source: Ghosh et al. 2023, "GenEval: An Object-Focused Framework for Evaluating Text-to-Image Alignment"
+    (arXiv:2310.11513). Every row keeps both verdicts, `official` and `strict`, so that either report can be made of it.
+
+    Weights and prompts are read when they are first needed: `aggregate` needs the prompts alone.
+
+    Args:
+        num_prompts: How many prompts; None takes all. A part has the same number of each task, spread over it.
+        samples: Pictures per prompt; the original has 4.
+        seed: Sample k of every prompt has `seed + k`.
+        mode: Which verdict counts: "official", or "strict" with exact numbers of objects.
+        data: Folder with the prompts and class names; None reads them from the cache, or fetches them once.
+        detector: Folder or Hub id of the detector; None is the published one.
+        clip: Folder or Hub id of the CLIP that tells colours; None is the published one.
+        rules: Thresholds and limits; None are the released ones.
+        judge: A reward model `geneval` that is loaded already, instead of `detector`, `clip` and `rules`.
+        device: Where detector and CLIP run; "auto" is the first accelerator, else the CPU.
+        local_files_only: Never ask the network; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        ValueError: If a number is not positive or the mode unknown.
+        WeightsError: If the prompts are not at hand.
+    """
+
+    name = "geneval"
+    version = "1"
+    metadata: ClassVar[PublishedText] = METADATA
+
+    def __init__(
+        self,
+        num_prompts: int | None = None,
+        samples: int = 4,
+        seed: int = SEED,
+        mode: Mode = "official",
+        *,
+        data: str | Path | None = None,
+        detector: str | Path | None = None,
+        clip: str | Path | None = None,
+        rules: Rules | None = None,
+        judge: Judge | None = None,
+        device: str | torch.device = "auto",
+        local_files_only: bool | None = None,
+    ) -> None:
+        for option, value in (("num_prompts", num_prompts), ("samples", samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
+        if mode not in ("official", "strict"):
+            raise ValueError(f"unknown mode {mode!r} (available: official, strict)")
+        self.samples, self.seed, self.mode = samples, seed, mode
+        self.rules = judge.rules if judge is not None else rules or Rules()
+        self.wanted = read_metadata(self.metadata, folder=data, local_files_only=local_files_only)
+        self._by_prompt = by_prompt(self.wanted)
+        self.numbers = _spread(self.wanted, num_prompts)
+        self._judge = judge
+        self._options: dict[str, Any] = {
+            "clip": clip,
+            "data": data,
+            "device": device,
+            "local_files_only": local_files_only,
+        }
+        self._detector = detector
+
+    @property
+    def judge(self) -> Judge:
+        """The reward model that judges, loaded when it is first asked for."""
+        if self._judge is None:
+            self._judge = Judge(self._detector, rules=self.rules, **self._options)
+        return self._judge
+
+    def cases(self) -> list[Case]:
+        """All samples of the first prompt, then of the second, and so on; `meta` is the prompt's metadata row."""
+        return [
+            Case(
+                id=f"{number:05d}-{sample:02d}",
+                prompt=self.wanted[number].prompt,
+                seed=self.seed + sample,
+                task=self.wanted[number].tag,
+                meta=self.wanted[number].to_dict(),
+            )
+            for number in self.numbers
+            for sample in range(self.samples)
+        ]
+
+    def score(self, media: Tensor | Sequence[Media], cases: Sequence[Case]) -> list[Row]:
+        """Both verdicts on each picture, with the objects that were found and the seconds it took.
+
+        A picture that cannot be read gets a row without a verdict, which says why and counts as missing.
+
+        Args:
+            media: RGB [B, 3, H, W] in [0, 1], or B pictures of any kind that reward models read, such as paths.
+            cases: What they were made for; one without `meta` is looked up by its prompt.
+
+        Raises:
+            ValueError: If there are not as many pictures as cases, or a prompt is not one of GenEval's.
+        """
+        if len(media) != len(cases):
+            raise ValueError(f"expected one picture per case, got {len(media)} for {len(cases)} cases")
+        wanted = [self._wanted(case) for case in cases]
+        read = [self._read(picture) for picture in media]
+        good = [(image, w) for image, w in zip(read, wanted, strict=True) if not isinstance(image, str)]
+        results = iter(self.judge.judge([image for image, _ in good], [w for _, w in good]))
+        judged = [image if isinstance(image, str) else next(results) for image in read]
+        identity = self.judge.detector.identity
+        return [_row(*one, self.mode, identity) for one in zip(cases, wanted, judged, strict=True)]
+
+    def _read(self, picture: Media) -> Image.Image | str:
+        """A picture as it is judged, or why it cannot be read."""
+        try:
+            return self.judge.preprocess(picture)
+        except InvalidMediaError as error:
+            return str(error)
+
+    def _wanted(self, case: Case) -> Wanted:
+        if case.meta:
+            return Wanted.from_dict(case.meta)
+        if case.prompt not in self._by_prompt:
+            raise ValueError(
+                f"prompt {case.prompt!r} is none of the {len(self.wanted)} in {self.metadata.filename}; take the "
+                "benchmark's own prompts"
+            )
+        return self._by_prompt[case.prompt]
+
+    def aggregate(self, rows: Sequence[Row]) -> Report:
+        """The overall score and those of the tasks, from the stored verdicts alone.
+
+        "overall" is the mean of the tasks' shares of right pictures, "images" the share of all, "prompts" the share of
+        prompts with at least one right picture. Intervals resample prompts (within tasks); with one picture per prompt
+        those of shares are Wilson's. A picture without a verdict counts as missing.
+
+        Raises:
+            ValueError: If rows are no cases of this benchmark, or were judged by different detectors, or carry no
+                verdict of this mode.
+        """
+        cases = {(case.prompt, case.seed): case for case in self.cases()}
+        found = unique_rows(rows)
+        strangers = [key for key in found if key not in cases]
+        if strangers:
+            raise ValueError(
+                f"{len(strangers)} rows are no case of this benchmark, for example prompt {strangers[0][0]!r} with seed "
+                f"{strangers[0][1]}; expected {len(self.numbers)} prompts, {self.samples} sample(s), seeds from "
+                f"{self.seed}"
+            )
+        detectors = sorted({str(row.evidence.get("detector", "not recorded")) for row in found.values()})
+        if len(detectors) > 1:
+            raise ValueError(f"rows of different detectors cannot share a score: {', '.join(detectors)}")
+        judged = [found[key] for key in cases if key in found and found[key].correct is not None]
+        failed = sum(row.correct is None for row in found.values())
+        missing = len(cases) - len(judged)
+        verdicts = [(row, str(cases[row.key].task), self._verdict(row)) for row in judged]
+        expected = Counter(str(case.task) for case in cases.values())
+        overall = _overall(verdicts, expected, missing)
+        warnings = []
+        if missing:
+            warnings.append(f"{missing} of {len(cases)} pictures are missing, {failed} of them could not be judged")
+        if overall.value is not None and overall.value > SATURATED:
+            warnings.append(
+                f"scores above {SATURATED:.2f} say little: this judge is up to 17.7 points off people's verdicts on "
+                "current models (GenEval 2, Meta 2025, abstract)"
+            )
+        return Report(
+            benchmark=self.name,
+            benchmark_version=self.version,
+            protocol=self.protocol() | {"detector": detectors[0] if detectors else None},
+            scores={
+                "overall": overall,
+                "images": _share(verdicts, len(cases)),
+                "prompts": _any_right(verdicts, len(self.numbers)),
+            },
+            groups={tag: {"correct": _share([v for v in verdicts if v[1] == tag], n)} for tag, n in expected.items()},
+            n_expected=len(cases),
+            n_missing=missing,
+            warnings=tuple(warnings),
+            sampling={"seed_rule": f"{self.seed} + sample, the same for every prompt", "samples": self.samples},
+            reference=PUBLISHED,
+        )
+
+    def _verdict(self, row: Row) -> bool:
+        kept = row.evidence.get(self.mode)
+        if kept is None and self.mode == "strict":
+            raise ValueError(f"row {row.id!r} carries no strict verdict; judge the pictures again")
+        return bool(row.correct if kept is None else kept)
+
+    def protocol(self) -> dict[str, Any]:
+        """What a score depends on besides pictures and detector."""
+        prompts = "\n".join(self.wanted[number].prompt for number in self.numbers)
+        return {
+            "mode": self.mode,
+            "rules": asdict(self.rules),
+            "metadata": self.metadata.sha256[:16],
+            "num_prompts": len(self.numbers),
+            "prompts": sha256(prompts.encode()).hexdigest()[:16],
+            "bootstrap": {"resamples": RESAMPLES, "seed": 0, "clusters": "prompt", "strata": "task"},
+        }
+
+
+def render(report: Report) -> str:
+    """A report of GenEval for a terminal: overall score, tasks, warnings, and what others published."""
+    overall = report.scores["overall"]
+    partial = f" PARTIAL: {report.n_missing} of {report.n_expected} pictures are missing" * report.partial
+    lines = [
+        f"{report.benchmark} ({report.protocol['mode']}, detector {report.protocol['detector']}){partial}",
+        f"{'overall':<16}{percent(overall.value):>8} {interval(overall, shares=True)}".rstrip(),
+    ]
+    rows = {tag: scores["correct"] for tag, scores in report.groups.items()}
+    rows |= {"all images": report.scores["images"], "any of a prompt": report.scores["prompts"]}
+    lines += [
+        f"{name:<16}{percent(score.value):>8} {interval(score, shares=True):<14} of {score.n}"
+        for name, score in rows.items()
+    ]
+    seconds = overall.details.get("seconds_per_image")
+    if seconds is not None:
+        lines.append(f"{seconds:.2f} seconds per image")
+    lines += [f"warning: {text}" for text in report.warnings]
+    lines += ["", f"{'published':<46}{'overall':>8}  " + " ".join(f"{tag:>13}" for tag in TAGS)]
+    for row in report.reference:
+        values = " ".join(f"{row['tasks'][tag]:>13.2f}" if tag in row["tasks"] else f"{'-':>13}" for tag in TAGS)
+        lines.append(f"{row['model']:<46}{row['overall']:>8.2f}  {values}  {row['source']}")
+    return "\n".join(lines)
+
+
+Judgement = tuple[Row, str, bool]
+"""A row, its task and whether it is right."""
+
+
+def _row(case: Case, wanted: Wanted, judged: Judged | str, mode: Mode, detector: str) -> Row:
+    blank = Row(case.id, case.prompt, case.seed, wanted.tag, evidence={"detector": detector})
+    if isinstance(judged, str):
+        return replace(blank, reason=judged)
+    verdict = judged.official if mode == "official" else judged.strict
+    return replace(
+        blank,
+        correct=verdict.correct,
+        reason=JOINT.join(verdict.reasons) or FITTING,
+        evidence={
+            "official": judged.official.correct,
+            "strict": judged.strict.correct,
+            "dense": judged.dense,
+            "objects": judged.boxes(),
+            "detector": detector,
+            "seconds": round(judged.seconds, 4),
+        },
+    )
+
+
+def _overall(verdicts: Sequence[Judgement], expected: Mapping[str, int], missing: int) -> Score:
+    """The mean of the tasks' shares; None while a task has no picture at all, for it would be another mean."""
+    if {tag for _, tag, _ in verdicts} != set(expected):
+        return Score(None, None, len(verdicts), missing)
+    values, tasks = [float(right) for *_, right in verdicts], [tag for _, tag, _ in verdicts]
+    spans = [float(row.evidence["seconds"]) for row, *_ in verdicts if "seconds" in row.evidence]
+    return Score(
+        mean_of_tasks(values, tasks),
+        bootstrap_mean_of_tasks(values, tasks, [row.prompt for row, *_ in verdicts]),
+        len(verdicts),
+        missing,
+        details={"seconds_per_image": float(np.mean(spans))} if spans else {},
+    )
+
+
+def _share(verdicts: Sequence[Judgement], expected: int) -> Score:
+    """The share of right pictures."""
+    if not verdicts:
+        return Score(None, None, 0, expected)
+    values, prompts = [float(right) for *_, right in verdicts], [row.prompt for row, *_ in verdicts]
+    share = float(np.mean(values))
+    wilson = wilson_interval(share, len(values))
+    clustered = len(set(prompts)) < len(prompts)
+    return Score(
+        share,
+        bootstrap_mean(values, prompts) if clustered else wilson,
+        len(values),
+        expected - len(values),
+        details={"interval": "bootstrap over prompts" if clustered else "Wilson", "wilson_ci95": wilson},
+    )
+
+
+def _any_right(verdicts: Sequence[Judgement], expected: int) -> Score:
+    """The share of prompts with at least one right picture, with Wilson's interval."""
+    prompts: dict[str, bool] = defaultdict(bool)
+    for row, _, right in verdicts:
+        prompts[row.prompt] |= right
+    if not prompts:
+        return Score(None, None, 0, expected)
+    share = sum(prompts.values()) / len(prompts)
+    return Score(share, wilson_interval(share, len(prompts)), len(prompts), expected - len(prompts))
+
+
+def _spread(wanted: Sequence[Wanted], amount: int | None) -> list[int]:
+    """Numbers of `amount` prompts in their order: an equal share of every task, evenly spaced inside it."""
+    by_tag: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(wanted):
+        by_tag[row.tag].append(number)
+    sizes = {tag: len(numbers) for tag, numbers in by_tag.items()}
+    shares = task_shares(sizes, len(wanted) if amount is None else amount, dict.fromkeys(sizes, 1.0))
+    return sorted(
+        by_tag[tag][(2 * k + 1) * len(by_tag[tag]) // (2 * share)]
+        for tag, share in shares.items()
+        for k in range(share)
+    )
