@@ -264,8 +264,7 @@ class Lengths:
         flow_mixed: Steps of the flow transformer on mixed ones.
         vae_frames: Steps of the autoencoder's decoder for clips.
         video_words: Steps of the video model at pure noise.
-        video: Steps of the video model on clips that move as told.
-        video_mixed: Steps of the video model on right and wrong clips.
+        video: Steps of the video model at all timesteps.
         scenes: Scenes that are encoded.
         clips: Clips that are encoded.
     """
@@ -278,16 +277,12 @@ class Lengths:
     flow_mixed: int = 1800
     vae_frames: int = 300
     video_words: int = 450
-    video: int = 2000
-    video_mixed: int = 300
+    video: int = 2800
     scenes: int = 30_000
-    clips: int = 4000
+    clips: int = 2000
 
 
-STAGES = (
-    "vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "vae_frames", "video_words", "video",
-    "video_mixed",
-)  # fmt: skip
+STAGES = ("vae", "denoiser", "denoiser_mixed", "scorer", "flow", "flow_mixed", "vae_frames", "video_words", "video")
 
 
 def build(
@@ -309,7 +304,7 @@ def build(
     scorer = train_scorer(work, seed, lengths.scorer)
     steps = (lengths.flow, lengths.flow_mixed)
     flow = train_flow(work, vae, images.text_encoder, seed, steps, lengths.scenes, POOR_SHARE, compiled=compiled)
-    parts = (lengths.vae_frames, lengths.video_words, lengths.video, lengths.video_mixed)
+    parts = (lengths.vae_frames, lengths.video_words, lengths.video)
     videos = train_video(work, vae, seed, parts, lengths.clips, compiled=compiled)
     pipelines = {"pipeline": images, "flow_pipeline": flow, "video_pipeline": videos}
     sizes = export(out, pipelines, scorer, images.tokenizer)

@@ -1,8 +1,7 @@
-"""The embedded world's video model: a small CogVideoX, taught on clips that move as told, and then on mixed ones."""
+"""The embedded world's video model: a small CogVideoX, taught on clips that move as told, at pure noise first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from tqdm import tqdm
 
 from diffalign.schedules import DiscreteSchedule, expand
 from diffalign.shapes import video_networks
-from diffalign.shapes.clips import FRAMES, MOTIONS, clip_prompts, draw_clip, parse_clip_prompt, render_clip
+from diffalign.shapes.clips import FRAMES, clip_prompts, draw_clip, parse_clip_prompt, render_clip
 from diffalign.shapes.scenes import draw_scene, render
 from diffalign.shapes.stages import PromptSampler, Stage, generators, to_pixels
 
-WRONG_SHARE = 0.5
-"""How many of the clips move in another way than their prompt says: what is left for alignment to mend."""
 NOISY_SHARE = 0.5
 """How many timesteps are drawn from `NOISY` on, where the motion is decided."""
 NOISY = 600
@@ -28,28 +25,22 @@ CLIPS_PER_STEP = 24
 
 
 @torch.no_grad()
-def encode_clips(
-    vae: AutoencoderKL, work: Path, seed: int, count: int
-) -> tuple[Tensor, list[str], Tensor]:  # fmt: skip
-    """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, the prompts, and who moves wrongly."""
+def encode_clips(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Tensor, list[str]]:
+    """Posterior moments [count, 16, T, 8, 8] of clips of the training prompts, and the prompts."""
     path, known = work / "clips.pt", clip_prompts("train")
     stored = torch.load(path, weights_only=True)["moments"] if path.exists() else None
-    moments, texts, wrong = [], [], []
+    moments, texts = [], []
     for number in tqdm(range(count), desc="encode clips", unit="clip", mininterval=5):
         generator, _ = generators(seed, 12, number)
         prompt = known[int(generator.integers(len(known)))]
         texts.append(prompt.text)
-        wrong.append(bool(generator.random() < WRONG_SHARE))
         if stored is None:
-            others = [motion for motion in MOTIONS if motion != prompt.motion]
-            motion = str(generator.choice(others)) if wrong[-1] else prompt.motion
-            frames = render_clip(draw_clip(prompt, generator, motion=motion))
-            posterior = vae.encode(to_pixels(list(frames))).latent_dist
+            posterior = vae.encode(to_pixels(list(render_clip(draw_clip(prompt, generator))))).latent_dist
             moments.append(torch.cat([posterior.mean, posterior.std], dim=1).transpose(0, 1))
     if stored is None:
         stored = torch.stack(moments)
         torch.save({"moments": stored}, path)
-    return stored, texts, torch.tensor(wrong)
+    return stored, texts
 
 
 def train_frames(vae: AutoencoderKL, work: Path, seed: int, steps: int) -> AutoencoderKL:
@@ -75,7 +66,7 @@ def train_frames(vae: AutoencoderKL, work: Path, seed: int, steps: int) -> Autoe
 
 
 def train_video(
-    work: Path, vae: AutoencoderKL, seed: int, steps: tuple[int, int, int, int], clips: int, *, compiled: bool = False
+    work: Path, vae: AutoencoderKL, seed: int, steps: tuple[int, int, int], clips: int, *, compiled: bool = False
 ) -> CogVideoXPipeline:
     """Transformer and text encoder together, with errors of v, on the latents of the pictures' autoencoder.
 
@@ -83,17 +74,17 @@ def train_video(
     anything alone: clips of all motions average to no motion. So training starts at pure noise, where the answer is the
     average clip of a prompt, and the middle third of that shows two motions only, whose average moves. A network that
     has learnt it tells the other motions from it within a hundred steps, and without that not in a thousand. Then come
-    all timesteps, and at last clips of which `WRONG_SHARE` do not move as told.
+    all timesteps.
 
     Args:
         work: Folder of the states and of the encoded clips.
         vae: The trained autoencoder, its scaling factor set.
         seed: Of everything random.
-        steps: Of the decoder, and then of `CLIPS_PER_STEP` clips: at pure noise, at all timesteps, on mixed clips.
+        steps: Of the decoder, and then of `CLIPS_PER_STEP` clips: at pure noise, and at all timesteps.
         clips: How many clips are encoded.
         compiled: Compile the transformer, with numbers that differ in the last digits.
     """
-    moments, told, wrong = encode_clips(vae, work, seed, clips)
+    moments, told = encode_clips(vae, work, seed, clips)
     frames = video_networks.inflate_vae(train_frames(vae, work, seed, steps[0]))
     torch.manual_seed(seed + 4)
     tokenizer = video_networks.build_video_tokenizer(prompt.text for prompt in clip_prompts("all"))
@@ -104,8 +95,8 @@ def train_video(
     ids, empty = (
         tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids for texts in (told, [""])
     )
-    right = torch.nonzero(~wrong)[:, 0]
-    leaning = right[torch.tensor([parse_clip_prompt(told[row]).motion in LEANING for row in right.tolist()])]
+    every = torch.arange(len(told))
+    leaning = every[torch.tensor([parse_clip_prompt(text).motion in LEANING for text in told])]
     predict: Any = torch.compile(transformer) if compiled else transformer
     modules: dict[str, nn.Module] = {"text_encoder": text_encoder, "transformer": transformer}
 
@@ -125,24 +116,17 @@ def train_video(
     def at_pure_noise(step: int) -> Tensor:
         middle = steps[1] <= 3 * step < 2 * steps[1] and len(leaning) > 0
         last = torch.full((CLIPS_PER_STEP,), len(schedule) - 1)
-        return loss_of(leaning if middle else right, last, generators(seed, 16, step)[1])
+        return loss_of(leaning if middle else every, last, generators(seed, 16, step)[1])
 
-    def at_all_levels(pool: Tensor, key: int) -> Callable[[int], Tensor]:
-        def of_step(step: int) -> Tensor:
-            generator = generators(seed, key, step)[1]
-            noisier = torch.rand(CLIPS_PER_STEP, generator=generator) < NOISY_SHARE
-            uniform = torch.rand(CLIPS_PER_STEP, generator=generator)
-            low = torch.where(noisier, NOISY, 0)
-            timesteps = (low + uniform * (len(schedule) - low)).long().clamp(max=len(schedule) - 1)
-            return loss_of(pool, timesteps, generator)
+    def at_all_levels(step: int) -> Tensor:
+        generator = generators(seed, 13, step)[1]
+        noisier = torch.rand(CLIPS_PER_STEP, generator=generator) < NOISY_SHARE
+        uniform = torch.rand(CLIPS_PER_STEP, generator=generator)
+        low = torch.where(noisier, NOISY, 0)
+        timesteps = (low + uniform * (len(schedule) - low)).long().clamp(max=len(schedule) - 1)
+        return loss_of(every, timesteps, generator)
 
-        return of_step
-
-    for name, length, loss in (
-        ("video_words", steps[1], at_pure_noise),
-        ("video", steps[2], at_all_levels(right, 13)),
-        ("video_mixed", steps[3], at_all_levels(torch.arange(len(told)), 14)),
-    ):
+    for name, length, loss in (("video_words", steps[1], at_pure_noise), ("video", steps[2], at_all_levels)):
         stage = Stage(name, work, modules, lr=1e-3, steps=length, ema=0.99, cooldown=0.3)
         stage.run(loss)
     stage.load_average()

@@ -81,5 +81,5 @@ def draw_pair(prompt: Prompt, generator: np.random.Generator) -> tuple[Array, Ar
 
 
 def _comparison(name: str, prompt: Prompt, better: Array, worse: Array, *, preference: float) -> Comparison:
-    sources = [ImageSource(Image.fromarray(picture)) for picture in (better, worse)]
-    return Comparison(name, prompt.text, *sources, preference)
+    first, second = (ImageSource(Image.fromarray(picture)) for picture in (better, worse))
+    return Comparison(name, prompt.text, first, second, preference)
