@@ -36,9 +36,17 @@ CELLS = ROOT / "benchmarks" / "results" / "cells"
 DOCUMENT = ROOT / "docs" / "results.md"
 SEEDS = (0, 1, 2)
 CLIP_PAIRS = 240
+SCENE_PAIRS = 200
 
-DATA = {"unet": "demo.yaml", "flow": "shapes_flow_dpo.yaml"}
-"""Model -> the config whose `pairs` its methods share; the video model learns from rendered clips."""
+DATA = {
+    "unet": "demo.yaml",
+    "flow": "shapes_flow_dpo.yaml",
+    "video/diffusion_dpo": "shapes_video_diffusion_dpo.yaml",
+}
+"""Model, or model and method -> the config whose `pairs` it learns from."""
+
+RENDERED = {"unet/inpo": "scenes", "unet/diffusion_dpo_rendered": "scenes", "video": "clips"}
+"""Model, or model and method -> what it learns from instead: pairs that the renderer draws."""
 
 METHODS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "unet": {
@@ -46,6 +54,7 @@ METHODS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "sft": ("shapes_sft.yaml", ()),
         "seppo": ("shapes_seppo.yaml", ()),
         "inpo": ("shapes_inpo.yaml", ()),
+        "diffusion_dpo_rendered": ("demo.yaml", ()),
         "npo": ("shapes_npo.yaml", ()),
         "self_npo": ("shapes_self_npo.yaml", ()),
         "d3po": ("shapes_d3po.yaml", ()),
@@ -137,7 +146,7 @@ def run_cell(cell: Cell, output: Path, results: Path, quick: bool = False) -> Pa
         return target
     config, more = METHODS[cell.model][cell.method]
     run = output / cell.model / cell.method / f"seed{cell.seed}"
-    shared = output / cell.model / "data" / f"seed{cell.seed}"
+    shared = output / cell.model / _data_folder(cell) / f"seed{cell.seed}"
     # First the method's own settings, whole sections among them, then the cell's.
     overrides = [*more, f"seed={cell.seed}", f"output_dir={run}"]
     lines = []
@@ -166,18 +175,29 @@ def run_cell(cell: Cell, output: Path, results: Path, quick: bool = False) -> Pa
     return target
 
 
-def _data(cell: Cell, shared: Path, quick: bool) -> list[str]:
-    """Makes the pairs of a model and seed, once for all its methods; returns the commands."""
-    if cell.model == "video":
-        from diffalign.shapes.clip_pairs import write_clip_pairs
+def _data_folder(cell: Cell) -> str:
+    """Where a method's pairs are: with those of the other methods of its model, or apart."""
+    name = f"{cell.model}/{cell.method}"
+    if name in RENDERED:
+        return RENDERED[name]
+    return f"data_{cell.method}" if name in DATA else "data"
 
-        count = 8 if quick else CLIP_PAIRS
+
+def _data(cell: Cell, shared: Path, quick: bool) -> list[str]:
+    """Makes the pairs of a model and seed, once for all methods that share them; returns the commands."""
+    name = f"{cell.model}/{cell.method}"
+    config = DATA.get(name, None if name in RENDERED else DATA.get(cell.model))
+    if config is None:
+        from diffalign.shapes.clip_pairs import write_clip_pairs
+        from diffalign.shapes.scene_pairs import write_scene_pairs
+
+        kind = RENDERED.get(name, RENDERED.get(cell.model))
+        write, count = (write_clip_pairs, CLIP_PAIRS) if kind == "clips" else (write_scene_pairs, SCENE_PAIRS)
+        count = 8 if quick else count
         if not (shared / "pairs" / "index.jsonl").is_file():
-            write_clip_pairs(shared / "pairs", count, cell.seed)
-        return [
-            f"python -m diffalign.shapes.clip_pairs --out {_short(shared / 'pairs')} --pairs {count} --seed {cell.seed}"
-        ]
-    config = DATA[cell.model]
+            write(shared / "pairs", count, cell.seed)
+        module = write.__module__
+        return [f"python -m {module} --out {_short(shared / 'pairs')} --pairs {count} --seed {cell.seed}"]
     overrides = [f"output_dir={shared}", f"seed={cell.seed}", *(QUICK["pairs"] if quick else ())]
     line = _say("pairs", config, *overrides)
     if not (shared / "pairs" / "index.jsonl").is_file():

@@ -22,7 +22,7 @@ MODELS = {
 }
 CLAIMS = (
     ("unet", "seppo", "sft", "SePPO against SFT on the same winners"),
-    ("unet", "inpo", "diffusion_dpo", "InPO against Diffusion-DPO at equal forward passes"),
+    ("unet", "inpo", "diffusion_dpo_rendered", "InPO against Diffusion-DPO on the same pairs at equal forward passes"),
     ("unet", "seppo", "diffusion_dpo", "SePPO, which sees no rejected picture, against Diffusion-DPO"),
     ("unet", "npo", "diffusion_dpo", "NPO's negative branch against Diffusion-DPO, at equal guidance"),
     ("flow", "flow_dpo", "flow_dpo_time_weighted", "Flow-DPO with constant beta against beta (1 - t)^2"),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign import plugins
 from diffalign.backbones import ModelSource, inspect_model
 from diffalign.backbones.loading import LORA_FILE, check_options, policy_class
 from diffalign.backbones.reward_guidance import check_guidance, load_guidance
@@ -37,7 +37,7 @@ from diffalign.processes import launched
 from diffalign.prompts import read_prompts
 from diffalign.resumable import write_atomically
 from diffalign.training import checked, train_config
-from diffalign.validating import judge_side
+from diffalign.validating import BENCHMARK_PROMPTS, benchmark_requests, judge_side, open_benchmark
 
 logger = logging.getLogger("diffalign")
 
@@ -263,13 +263,13 @@ def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:
 
 def evaluate_config(config: RunConfig) -> Any:
     """Draws, scores and judges base and aligned pictures, and compares them; returns the `Comparison`."""
-    from diffalign.eval import compare_folder, write_json
+    from diffalign.eval import compare_folder, read_rows, write_json
     from diffalign.reward_models import load_reward_model, reward_model_info
     from diffalign.reward_models.scoring import score_index
 
     evaluation = config.evaluation
     run = Path(config.output_dir)
-    benchmark = plugins.find("eval", evaluation.benchmark) if evaluation.benchmark else None
+    benchmark = open_benchmark(evaluation)
     source = inspect_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
     check_options(source, config.model.options)
     policy_class(source).check_sampling(source)
@@ -277,13 +277,16 @@ def evaluate_config(config: RunConfig) -> Any:
     check_guidance(source, config.sampling)
     processes = launched()
     seed = EVALUATION_SEED + config.seed if evaluation.seed is None else evaluation.seed
-    rows = read_prompts(evaluation.prompts, evaluation.num_prompts, seed)
+    own_prompts = evaluation.prompts == BENCHMARK_PROMPTS
+    rows = [] if own_prompts else read_prompts(evaluation.prompts, evaluation.num_prompts, seed)
     compared, negative_model = compared_weights(config, source)
     sampling = config.sampling.model_copy(
         update={"seed": seed, "num_images_per_prompt": 1, "negative_model": negative_model}
     )
     negative = find_negative_model(source, sampling)
     requests = make_requests(rows, sampling, is_video=policy_class(source).is_video)
+    if benchmark is not None and own_prompts:
+        requests = benchmark_requests(benchmark)
     models = [load_reward_model(name, device=pick_device()) for name in evaluation.reward_models]
     folder = run / "evaluation"
     policy: Any = load_model(
@@ -332,7 +335,7 @@ def evaluate_config(config: RunConfig) -> Any:
             summary = score_index(index, models, scores, processes=processes)
             if summary.failures and processes.is_first:
                 logger.warning("%s", summary)
-        processes.on_first(partial(judge_side, index, scores, evaluation.benchmark, folder / f"{side}.jsonl"))
+        processes.on_first(partial(judge_side, index, scores, benchmark, folder / f"{side}.jsonl"))
         settings[side] = {
             "model": model,
             "sampling": {
@@ -343,9 +346,16 @@ def evaluate_config(config: RunConfig) -> Any:
         }
 
     def conclude() -> Any:
+        device = torch.device(pick_device()).type
         write_json(folder / "settings.json", settings)
         comparison = compare_folder(folder)
-        write_json(folder / "comparison.json", comparison.to_dict(torch.device(pick_device()).type))
+        write_json(folder / "comparison.json", comparison.to_dict(device))
+        if benchmark is not None and own_prompts:
+            for side in ("base", "aligned"):
+                report = benchmark.aggregate(read_rows(folder / f"{side}.jsonl"))
+                sampled = {**report.sampling, **settings[side]["sampling"]}
+                report = replace(report, model=settings[side]["model"], sampling=sampled)
+                write_json(folder / f"{side}_{benchmark.name}.json", report.to_dict(device))
         return comparison
 
     return processes.on_first(conclude)

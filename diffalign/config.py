@@ -175,10 +175,12 @@ class EvaluationConfig(_Strict):
     """Base against aligned, on prompts no training saw.
 
     Attributes:
-        prompts: A text file, a JSONL with a `prompt` field, or `diffalign://shapes/held_out`.
+        prompts: A text file, a JSONL with a `prompt` field, `diffalign://shapes/held_out`, or `diffalign://benchmark`
+            for the benchmark's own prompts, seeds and number of samples.
         num_prompts: How many of them; None takes all.
         reward_models: Names of the scorers.
-        benchmark: "shapes" lets the embedded world's judge look at the pictures as well.
+        benchmark: "shapes" lets the embedded world's judge look at the pictures as well, "geneval" GenEval's.
+        benchmark_options: Arguments of the benchmark, such as `detector: FOLDER` of "geneval".
         seed: Of the pictures; base and aligned use the same one. None derives it from the run's seed.
     """
 
@@ -186,6 +188,7 @@ class EvaluationConfig(_Strict):
     num_prompts: int | None = Field(default=None, ge=1)
     reward_models: tuple[str, ...] = ("pickscore",)
     benchmark: str | None = None
+    benchmark_options: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
 
 

@@ -33,6 +33,7 @@ _SHARED = {
     "geneval_files",
     "geneval_prompts",
     "geneval_rules",
+    "geneval_table",
     "http_json",
     "inputs",
     "judge_answers",

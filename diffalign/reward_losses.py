@@ -82,8 +82,8 @@ def uncertainty_loss(mean: Tensor, deviation: Tensor, noise: Tensor | None = Non
     """Mean over e of -log sigmoid(mu_z + sigma_z e), e standard normal; the first item is the preferred one.
 
     Ma et al. 2025, "HPSv3: Towards Wide-Spectrum Human Preference Score" (arXiv:2508.03789), as released: an upper
-    bound (Jensen) of -log E sigmoid(z), the probability that the paper writes, see `expected_preference`. The released code
-    draws e in half precision; here everything is in the type of `mean`.
+    bound (Jensen) of -log E sigmoid(z), the probability that the paper writes, see `expected_preference`. The released
+    code draws e in half precision; here everything is in the type of `mean`.
 
     Args:
         mean: mu_z = mu_first - mu_second, [...].

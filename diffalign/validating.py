@@ -15,9 +15,9 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.batches import PairBatch
-from diffalign.config import RunConfig
+from diffalign.config import ConfigError, EvaluationConfig, RunConfig
 from diffalign.data import EncodedPairs, PairSource
-from diffalign.generation import to_png
+from diffalign.generation import Request, to_png
 from diffalign.policy import Policy
 from diffalign.randomness import Draw
 from diffalign.sharding import is_sharded
@@ -102,20 +102,54 @@ class Validation:
         return {f"score/{training.reward_model}": float(self.scorer(images, prompts).mean())}
 
 
-def judge_side(index: Path, scores_path: Path | None, benchmark: str | None, out: Path) -> None:
+BENCHMARK_PROMPTS = "diffalign://benchmark"
+"""Stands for a benchmark's own prompts, seeds and number of samples."""
+
+
+def open_benchmark(evaluation: EvaluationConfig) -> Any | None:
+    """The benchmark of an evaluation, or None if it has none.
+
+    Raises:
+        ConfigError: If there is none of that name, or it has no such option.
+    """
+    from diffalign import plugins
+
+    own = evaluation.prompts == BENCHMARK_PROMPTS
+    if evaluation.benchmark is None:
+        if own or evaluation.benchmark_options:
+            raise ConfigError(f"{BENCHMARK_PROMPTS} and evaluation.benchmark_options need evaluation.benchmark")
+        return None
+    options: dict[str, Any] = {}
+    if own:
+        options |= {"num_prompts": evaluation.num_prompts}
+        options |= {} if evaluation.seed is None else {"seed": evaluation.seed}
+    benchmark = plugins.find("eval", evaluation.benchmark)
+    try:
+        return benchmark(**options | evaluation.benchmark_options)
+    except TypeError as error:
+        raise ConfigError(f"evaluation.benchmark_options of {evaluation.benchmark!r}: {error}") from error
+
+
+def benchmark_requests(benchmark: Any) -> list[Request]:
+    """What a benchmark wants to see, in its order."""
+    return [
+        Request(case.id.replace("/", "-"), case.prompt, case.seed, {"task": case.task}, benchmark.is_video)
+        for case in benchmark.cases()
+    ]
+
+
+def judge_side(index: Path, scores_path: Path | None, judge: Any | None, out: Path) -> None:
     """Scores and verdicts of one side's pictures or videos, as results rows beside their folder.
 
     Args:
         index: Of the pictures.
         scores_path: Their scores; None if no reward model was asked for.
-        benchmark: Name of the judge, or None.
+        judge: The benchmark, or None.
         out: The file of rows.
     """
-    from diffalign import plugins
     from diffalign.eval import Case, Row, read_jsonl, write_rows
 
     scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)} if scores_path is not None else {}
-    judge = plugins.find("eval", benchmark)() if benchmark else None
     rows = []
     for item in read_jsonl(index):
         row = Row(
@@ -129,7 +163,9 @@ def judge_side(index: Path, scores_path: Path | None, benchmark: str | None, out
         if judge is not None:
             media = _read_media(index.parent, item)
             verdict = judge.score(media[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
-            row = dataclasses.replace(row, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence)
+            row = dataclasses.replace(
+                row, task=verdict.task, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence
+            )
         rows.append(row)
     write_rows(out, rows)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         write_rows,
     )
     from diffalign.eval.compare import Comparison, Pool, compare_folder, pool
+    from diffalign.eval.geneval import GenEval
     from diffalign.eval.report import write_report
     from diffalign.eval.shapes import Shapes
     from diffalign.eval.shapes_video import ShapesVideo
@@ -29,6 +30,7 @@ _HOMES = {
     "Benchmark": "base",
     "Case": "base",
     "Comparison": "compare",
+    "GenEval": "geneval",
     "Pool": "compare",
     "Report": "base",
     "Row": "base",
@@ -48,6 +50,7 @@ __all__ = [
     "Benchmark",
     "Case",
     "Comparison",
+    "GenEval",
     "Pool",
     "Report",
     "Row",

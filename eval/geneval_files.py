@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffalign.eval.base import Case, Row, read_jsonl, write_text
-from diffalign.reward_models.geneval_rules import Wanted
+from diffalign.reward_models.geneval_prompts import Wanted
 
 if TYPE_CHECKING:
     from diffalign.eval.geneval import GenEval

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from diffalign.reward_models.remote import RemoteReward
     from diffalign.reward_models.scoring import ScoreSummary, score_index
     from diffalign.reward_models.shapes import ShapesScore
+    from diffalign.reward_models.shapes_judge import ShapesJudge
+    from diffalign.reward_models.shapes_video_judge import ShapesVideoJudge
     from diffalign.reward_models.threedgen import ThreeDGenScore, Views
     from diffalign.reward_models.unified_reward import JudgedPairs, UnifiedReward
     from diffalign.reward_models.video_reward import VideoReward
@@ -73,7 +75,9 @@ __all__ = [
     "RewardModel",
     "RewardOutput",
     "ScoreSummary",
+    "ShapesJudge",
     "ShapesScore",
+    "ShapesVideoJudge",
     "ThreeDGenScore",
     "TextAccuracy",
     "UnifiedReward",
@@ -89,6 +93,7 @@ __all__ = [
     "WeightsError",
     "WinRate",
     "load_reward_model",
+    "reward_model_class",
     "reward_model_info",
     "reward_model_names",
     "score_index",
@@ -117,7 +122,9 @@ _HOMES = {
     "PAL": "pal",
     "PickScore": "pickscore",
     "RemoteReward": "remote",
+    "ShapesJudge": "shapes_judge",
     "ShapesScore": "shapes",
+    "ShapesVideoJudge": "shapes_video_judge",
     "ThreeDGenScore": "threedgen",
     "Views": "threedgen",
     "ScoreSummary": "scoring",
@@ -210,6 +217,15 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
     return model
 
 
+def reward_model_class(name: str) -> type[RewardModel]:
+    """The class of the reward model called `name`, whatever version or variant that is.
+
+    Raises:
+        ValueError: If there is no such model; the message suggests the nearest.
+    """
+    return _find(name)[0]
+
+
 def reward_model_info(name: str) -> RewardInfo:
     """What is known about the reward model called `name` without its weights; of versions, about the default one.
 
@@ -217,7 +233,9 @@ def reward_model_info(name: str) -> RewardInfo:
         ValueError: If there is no such model; the message suggests the nearest.
     """
     model_class, fixed = _find(name)
-    info: RewardInfo = model_class.describe(**fixed) if "of" in fixed else model_class.info
+    # A formula's class says what comes of its parts.
+    described: Any = model_class
+    info: RewardInfo = described.describe(**fixed) if "of" in fixed else model_class.info
     return info
 
 

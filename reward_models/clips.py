@@ -64,9 +64,8 @@ class FrameByFrame(RewardModel):
             ValueError: If `frames` or a number is none of these, or the model is not one of images.
         """
         super().__init__()
-        if isinstance(frames, int):
-            frames, num_frames = "mean", frames
-        if frames not in ("mean", "min", "last"):
+        reduction, num_frames = ("mean", frames) if isinstance(frames, int) else (frames, num_frames)
+        if reduction not in ("mean", "min", "last"):
             raise ValueError(f"frames must be 'mean', 'min', 'last' or a number of frames, got {frames!r}")
         if num_frames < 1 or batch_size < 1:
             raise ValueError(f"expected at least 1 frame, got {num_frames} per clip and {batch_size} at once")
@@ -78,10 +77,10 @@ class FrameByFrame(RewardModel):
         if "image" not in model.info.kind:
             raise ValueError(f"{model.info.name} scores {', '.join(sorted(model.info.kind))}, not the frames of clips")
         self.model = model
-        self.reduction = frames
-        self.num_frames = 1 if frames == "last" else num_frames
+        self.reduction = reduction
+        self.num_frames = 1 if reduction == "last" else num_frames
         self.batch_size = batch_size
-        suffix = "last" if frames == "last" else f"{frames}{num_frames}"
+        suffix = "last" if reduction == "last" else f"{reduction}{num_frames}"
         self.info = replace(model.info, name=f"{model.info.name}-clip-{suffix}", kind=frozenset({"video"}))
         self.requires_grad_(False).train(False)
 
@@ -118,7 +117,7 @@ class FrameByFrame(RewardModel):
             for i in range(len(lengths))
         ]
         dims = {
-            name: torch.stack([self._reduce(clip) for clip in torch.cat(values).split(lengths)])
+            name: torch.stack([self._reduce(clip) for clip in torch.split(torch.cat(values), lengths)])
             for name, values in found.items()
         }
         return Scores(dims, errors=errors)
@@ -140,7 +139,7 @@ class FrameByFrame(RewardModel):
         unique, rows = self._texts(prompts, len(pixels))
         chosen = pixels[:, self.choose(pixels.shape[1])]
         texts = [unique[row] for row in rows for _ in range(chosen.shape[1])]
-        return self._reduce(self.model.score_tensor(chosen.flatten(0, 1), texts).unflatten(0, chosen.shape[:2]))
+        return self._reduce(self.model.score_tensor(chosen.flatten(0, 1), texts).reshape(chosen.shape[:2]))
 
     def settings(self) -> dict[str, str]:
         """Those of the image model, and the frames."""

@@ -15,12 +15,11 @@ from PIL import Image, ImageOps
 from diffalign.reward_models.base import RewardInfo, RewardModel, Scores
 from diffalign.reward_models.geneval_colors import COLOR_CLIP, Background, ColorNamer
 from diffalign.reward_models.geneval_detector import DETECTOR, Detector, Mask2FormerDetector
-from diffalign.reward_models.geneval_prompts import METADATA, by_prompt, read_metadata, read_names
+from diffalign.reward_models.geneval_prompts import METADATA, Wanted, by_prompt, read_metadata, read_names
 from diffalign.reward_models.geneval_rules import (
     Detection,
     Rules,
     Verdict,
-    Wanted,
     dense_score,
     judge,
     keep_objects,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.clip_towers import CropPreprocessing, unit
-from diffalign.reward_models.geneval_rules import COLORS, Detection
+from diffalign.reward_models.geneval_prompts import COLORS
+from diffalign.reward_models.geneval_rules import Detection
 from diffalign.reward_models.text_cache import TextCache
 from diffalign.reward_models.weights import load_hf_towers
 
@@ -96,7 +97,7 @@ class ColorNamer(nn.Module):
         encoded = self.text_cache.get(
             texts, self.towers.text_weights(), lambda batch: unit(self.towers.encode_texts(batch))
         )
-        return unit(encoded.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1))
+        return unit(encoded.reshape(len(COLORS), len(TEMPLATES), -1).mean(1))
 
 
 def cut_out(image: Image.Image, detection: Detection, background: Background = "grey") -> Image.Image:

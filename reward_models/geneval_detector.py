@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -100,15 +101,16 @@ class Mask2FormerDetector(nn.Module):
         self.short_side, self.long_side, self.batch_size = short_side, long_side, batch_size
         self.source = str(path_or_id) if path_or_id is not None else DETECTOR.repo
         self.network = load_network(path_or_id, local_files_only)
+        self._digest = sha256(self.network.class_predictor.weight.detach().numpy().tobytes()).hexdigest()[:8]
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.to(device).requires_grad_(False).eval()
 
     @property
     def identity(self) -> str:
-        """The weights' Hub id, or the name of their folder, and the size of what the network sees."""
+        """The weights' Hub id or folder, a digest of the class layer (trainings differ in it), and the input's size."""
         name = self.source if self.source.count("/") == 1 and not Path(self.source).exists() else Path(self.source).name
-        return f"{name}@{self.short_side}x{self.long_side}"
+        return f"{name}:{self._digest}@{self.short_side}x{self.long_side}"
 
     @torch.no_grad()
     def detect(self, images: Sequence[Image.Image], thresholds: Sequence[float]) -> list[list[Detection]]:

@@ -10,21 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffalign.reward_models.geneval_prompts import COLORS, RELATIONS, Clause, Wanted
+
 __all__ = [
-    "COLORS",
-    "RELATIONS",
-    "TAGS",
-    "Clause",
     "Detection",
     "Mode",
     "Rules",
     "Verdict",
-    "Wanted",
     "dense_score",
     "judge",
     "keep_objects",
@@ -32,10 +29,6 @@ __all__ = [
     "relations",
 ]
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""The six tasks, in the order in which papers print them."""
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 MIN_SHIFT = 1e-3
 """Centres that are no further apart than this, once the margin is taken off, have no relation; pixels."""
 MIN_DIRECTION = 0.5
@@ -67,62 +60,6 @@ Objects = Mapping[str, Sequence[Detection]]
 """The objects that count, by class name, the surest first; classes without any are left out."""
 NameColors = Callable[[str, Sequence[Detection]], Sequence[str]]
 """Gives the colour of each object of a class."""
-
-
-@dataclass(frozen=True)
-class Clause:
-    """One thing that a prompt asks for, or, among the excluded, one that must not be there.
-
-    Attributes:
-        name: Class of the objects.
-        count: How many; of excluded ones the number from which on there are too many.
-        color: Colour of all of them, or None.
-        position: Relation to the objects of an earlier clause, and the number of that clause; or None.
-    """
-
-    name: str
-    count: int
-    color: str | None = None
-    position: tuple[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A prompt and what its picture must show: one row of GenEval's metadata.
-
-    Attributes:
-        tag: Task, usually one of `TAGS`; "counting" has another threshold.
-        prompt: The text.
-        include: What must be there.
-        exclude: What must not.
-    """
-
-    tag: str
-    prompt: str
-    include: tuple[Clause, ...]
-    exclude: tuple[Clause, ...] = ()
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> Self:
-        """From a metadata row.
-
-        Raises:
-            ValueError: If a field is missing or of another form.
-        """
-        lacking = [name for name in ("tag", "prompt", "include") if name not in row]
-        if lacking:
-            raise ValueError(f"a GenEval row needs tag, prompt and include; found no {', '.join(lacking)}")
-        if not isinstance(row["tag"], str) or not isinstance(row["prompt"], str):
-            raise ValueError(f"tag and prompt must be texts, found {row['tag']!r:.60} and {row['prompt']!r:.60}")
-        include, exclude = (_clauses(row.get(name, []), name) for name in ("include", "exclude"))
-        return cls(row["tag"], row["prompt"], include, exclude)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The metadata row again, with its fields in the original's order."""
-        row: dict[str, Any] = {"tag": self.tag, "include": [_clause_dict(clause) for clause in self.include]}
-        if self.exclude:
-            row["exclude"] = [_clause_dict(clause) for clause in self.exclude]
-        return row | {"prompt": self.prompt}
 
 
 @dataclass(frozen=True)
@@ -339,35 +276,3 @@ def _position_mismatch(
 def _too_many(wanted: Wanted, objects: Objects) -> list[str]:
     numbers = [(clause, len(objects.get(clause.name, ()))) for clause in wanted.exclude]
     return [f"expected {c.name}<{c.count}, found {number}" for c, number in numbers if number >= c.count]
-
-
-def _clauses(rows: Any, what: str) -> tuple[Clause, ...]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{what} must be a list of clauses, found {rows!r:.80}")
-    return tuple(_clause(row, number) for number, row in enumerate(rows))
-
-
-def _clause(row: Mapping[str, Any], number: int) -> Clause:
-    """A clause that comes after `number` others, which alone a position may point to."""
-    name, count, color, position = (row.get(key) for key in ("class", "count", "color", "position"))
-    if not isinstance(name, str) or type(count) is not int or count < 1:
-        raise ValueError(f"a clause needs a class and a count of at least 1, found {dict(row)}")
-    if color is not None and color not in COLORS:
-        raise ValueError(f"unknown colour {color!r} in a clause (available: {', '.join(COLORS)})")
-    if position is None:
-        return Clause(name, count, color)
-    if not (isinstance(position, list) and len(position) == 2 and position[0] in RELATIONS
-            and type(position[1]) is int and 0 <= position[1] < number):  # fmt: skip
-        raise ValueError(
-            f"a position must be [relation, number of an earlier clause], found {position!r} in clause {number}"
-        )
-    return Clause(name, count, color, (position[0], position[1]))
-
-
-def _clause_dict(clause: Clause) -> dict[str, Any]:
-    row: dict[str, Any] = {"class": clause.name, "count": clause.count}
-    if clause.color is not None:
-        row["color"] = clause.color
-    if clause.position is not None:
-        row["position"] = list(clause.position)
-    return row

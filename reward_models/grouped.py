@@ -119,7 +119,9 @@ class Grouped(Weighted):
             raise ValueError(f"compare needs as many a as b, got {len(first)} and {len(second)}")
         texts = broadcast(prompts, len(first))
         both = super().score([*first, *second], [*texts, *texts], batch_size=batch_size, on_invalid=on_invalid)
-        of_a, of_b = self._columns(both).split(len(first))[:2] if first else (torch.zeros(0, 1), torch.zeros(0, 1))
+        of_a, of_b = (
+            torch.split(self._columns(both), len(first))[:2] if first else (torch.zeros(0, 1), torch.zeros(0, 1))
+        )
         valid = both.valid[: len(first)] & both.valid[len(first) :]
         label = majority_vote(of_a, of_b, self._weights())
         p_a = ((1 + label) / 2).float().masked_fill(~valid, float("nan"))

@@ -7,6 +7,7 @@ weights are: completely or not at all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from diffalign.processes import Processes
 from diffalign.reward_config import ScorerConfig
-from diffalign.reward_models import load_reward_model, reward_model_info
+from diffalign.reward_models import load_reward_model, reward_model_class
 from diffalign.reward_models.base import RewardInfo, RewardModel, WeightsError, WeightSpec
 from diffalign.reward_models.blip import read_text_config
 from diffalign.reward_models.checkpoints import find_file, read_shards, read_tensors
@@ -39,24 +40,20 @@ from diffalign.reward_models.trainable import (
     TrainablePAL,
 )
 from diffalign.reward_models.trainable_hpsv3 import TrainableHPSv3
-from diffalign.reward_models.weights import TOKENIZER_FILES, folder_with, load_clip, load_tokenizer
+from diffalign.reward_models.weights import CLIP_H, TOKENIZER_FILES, folder_with, load_clip, load_tokenizer
 
 __all__ = ["UNTRAINED", "start_training"]
 
 UNTRAINED = "diffalign://shapes/untrained"
 """Name of the embedded world's scorer with random weights."""
 
-OPEN_CLIP = WeightSpec("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin", "torch")
+HPS_OLDER = "HPS_v2_compressed.pt"
+"""File of version 2.0; that of 2.1 is in the class's `info`."""
+OPEN_CLIP = WeightSpec(CLIP_H, "open_clip_pytorch_model.bin", "torch")
 BLIP_LARGE = WeightSpec("", "model_large.pth", "torch", url="https://github.com/salesforce/BLIP")
 _BLIP_PARTS = ("visual_encoder.", "text_encoder.")
 
-_TRAINABLE: tuple[tuple[type[RewardModel], Callable[[Any], Trainable]], ...] = (
-    (PAL, TrainablePAL),  # before two towers, of which it is a kind
-    (MPS, TrainableMPS),
-    (ImageReward, TrainableBLIP),
-    (HPSv3, TrainableHPSv3),
-    (DualEncoder, TrainableCLIP),
-)
+Builder = Callable[[RewardInfo, ScorerConfig, dict[str, Any], list[str], Path, torch.Generator], None]
 
 
 def start_training(
@@ -82,50 +79,43 @@ def start_training(
         ValueError: If that reward model cannot be trained, or an option is unknown.
         WeightsError: If weights are missing, damaged, or of another model.
     """
-    info = reward_model_info(config.name)
+    model_class = reward_model_class(config.name)
+    found = next((row for row in _TRAINABLE if issubclass(model_class, row[0])), None)
+    if found is None:
+        raise ValueError(f"reward model {config.name!r} cannot be trained; expected one on CLIP, BLIP or Qwen2-VL")
+    _, trainable_class, builder = found
     options = dict(config.options)
     if isinstance(options.get("cross_config"), Mapping):
         options["cross_config"] = CrossConfig(**options["cross_config"])
-    kind = config.name.lower().partition("-")[0]
-    builder = _BUILDERS.get("hpsv2" if kind.startswith("hpsv2") else "image_reward" if kind == "imagereward" else kind)
-    path: str | Path = config.start
     if config.start == UNTRAINED:
         builder = _untrained_shapes
-    if builder is not None and (config.start == UNTRAINED or not _is_published(info, config.start)):
-        processes = processes or Processes()
-        chance = torch.Generator().manual_seed(seed)
-        processes.on_first(lambda: builder(info, config, options, list(people), folder, chance))
+    path: str | Path = config.start
+    if builder is not None and not _is_published(model_class.info, config.start):
+        build, chance = builder, torch.Generator().manual_seed(seed)
+        (processes or Processes()).on_first(
+            lambda: build(model_class.info, config, options, list(people), folder, chance)
+        )
         path = folder
-        for name in ("processor", "tokenizer"):
-            options.pop(name, None) if folder_with(folder, (*TOKENIZER_FILES, "vocab.txt")) else None
-    model = load_reward_model(config.name, path=path, device=device, **options)
-    for kind_of_model, trainable_class in _TRAINABLE:
-        if isinstance(model, kind_of_model):
-            trainable = trainable_class(model)
-            break
-    else:
-        raise ValueError(f"reward model {config.name!r} cannot be trained; expected one on CLIP, BLIP or Qwen2-VL")
+        if folder_with(folder, (*TOKENIZER_FILES, "vocab.txt")) is not None:
+            options.pop("processor", None)
+            options.pop("tokenizer", None)
+            if issubclass(model_class, HPSv3):  # which does not look beside its weights
+                options["tokenizer"] = folder
+    trainable = trainable_class(load_reward_model(config.name, path=path, device=device, **options))
     trainable.requires_grad_(False)
     trainable.thaw(config.image_groups, config.text_groups)
     return trainable
 
 
 def _is_published(info: RewardInfo, start: str) -> bool:
-    """Whether a path is already a scorer's own file, or a folder with it; Hub ids are if they are its own."""
-    own = [spec for spec in info.weights if spec.filename != "model.safetensors"] or list(info.weights)
+    """Whether it is a scorer's own file, a folder with one, or its own Hub id, rather than what it is made from."""
+    names = {spec.filename for spec in info.weights} | ({HPS_OLDER} if info.name.startswith("hpsv2") else set())
     path = Path(start).expanduser()
-    if path.is_file():
-        return path.name in {spec.filename for spec in own}
     if path.is_dir():
-        if info.name.startswith("mps") and (path / "config.json").is_file():
-            return False  # a CLIPModel, whose file has the same name
-        return (
-            folder_with(path, {spec.filename for spec in (own if info.name[:3] != "mps" else info.weights)}) is not None
-        )
-    return start in {spec.repo for spec in own if spec.repo}
-
-
-Builder = Callable[[RewardInfo, ScorerConfig, dict[str, Any], list[str], Path, torch.Generator], None]
+        inside = {file.name for file in path.iterdir()}
+        # A folder with a configuration is a model of transformers, whose file has the name that others' own file has.
+        return bool(names & (inside - ({"model.safetensors"} if "config.json" in inside else set())))
+    return path.name in names if path.is_file() else start in {spec.repo for spec in info.weights} - {CLIP_H, ""}
 
 
 def _untrained_shapes(
@@ -147,10 +137,8 @@ def _hpsv2_from_clip(
     """open_clip's own file of the pretrained CLIP, under the key that HPSv2's has."""
     state = read_tensors(info, find_file(info, config.start, OPEN_CLIP))
     folder.mkdir(parents=True, exist_ok=True)
-    filename = HPSv2.info.weights[0].filename
-    if str(options.get("version", "2.0" if config.name.lower() == "hpsv2.0" else "2.1")) == "2.0":
-        filename = "HPS_v2_compressed.pt"
-    torch.save({"state_dict": state}, folder / filename)
+    older = config.name.lower() == "hpsv2.0" or options.get("version") == "2.0"
+    torch.save({"state_dict": state}, folder / (HPS_OLDER if older else info.weights[0].filename))
 
 
 def _image_reward_from_blip(
@@ -167,7 +155,7 @@ def _image_reward_from_blip(
     named = {f"blip.{name}": value for name, value in state.items() if name.startswith(_BLIP_PARTS)}
     widths = [int(text["hidden_size"]), 1024, 128, 64, 16, 1]
     deviation = (widths[0] + 1) ** -0.5
-    for place, (inner, outer) in zip((0, 2, 4, 6, 7), zip(widths, widths[1:], strict=False), strict=True):
+    for place, (inner, outer) in zip((0, 2, 4, 6, 7), itertools.pairwise(widths), strict=True):
         named[f"mlp.layers.{place}.weight"] = torch.randn(outer, inner, generator=chance) * deviation
         named[f"mlp.layers.{place}.bias"] = torch.zeros(outer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,19 +232,20 @@ def _hpsv3_from_qwen(
     words.save_pretrained(folder)
 
 
-_BUILDERS: dict[str, Builder] = {
-    "hpsv2": _hpsv2_from_clip,
-    "image_reward": _image_reward_from_blip,
-    "vp_score": _image_reward_from_blip,
-    "mps": _mps_from_clip,
-    "pal": _pal_from_clip,
-    "hpsv3": _hpsv3_from_qwen,
-}
+_TRAINABLE: tuple[tuple[type[RewardModel], Callable[[Any], Trainable], Builder | None], ...] = (
+    (PAL, TrainablePAL, _pal_from_clip),  # before two towers, of which it is a kind
+    (HPSv2, TrainableCLIP, _hpsv2_from_clip),
+    (DualEncoder, TrainableCLIP, None),  # which are published as the CLIPModel that they start from
+    (MPS, TrainableMPS, _mps_from_clip),
+    (ImageReward, TrainableBLIP, _image_reward_from_blip),
+    (HPSv3, TrainableHPSv3, _hpsv3_from_qwen),
+)
+"""Kinds of reward models, what trains them, and what makes one of its base model."""
 
 
 @torch.no_grad()
 def _draw_linear(module: nn.Module, chance: torch.Generator) -> None:
-    """torch's own initial law of linear layers, uniform within 1 / sqrt(inputs), from a generator of one's own."""
+    """The initial law that torch has for linear layers, uniform within 1 / sqrt(inputs), from one generator."""
 
     def draw(tensor: Tensor, bound: float) -> None:
         tensor.copy_((2 * torch.rand(tensor.shape, generator=chance) - 1) * bound)

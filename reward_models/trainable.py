@@ -36,6 +36,8 @@ __all__ = [
     "TrainableMPS",
     "TrainablePAL",
     "Trainable",
+    "TrainingDropout",
+    "halves",
     "thaw",
 ]
 
@@ -107,7 +109,7 @@ class TrainableCLIP(Trainable):
     def forward(self, first: Tensor, second: Tensor, texts: Mapping[str, Tensor]) -> Tensors:
         """See `Trainable`."""
         towers = self.model.towers
-        images = unit(towers.encode_images(torch.cat([first, second]))).unflatten(0, (2, -1))
+        images = halves(unit(towers.encode_images(torch.cat([first, second]))))
         words = unit(towers.encode_ids(texts["ids"]))
         scale = towers.get_parameter("model.logit_scale").exp()
         return {"rewards": scale * (images * words).sum(-1), "images": images, "texts": words, "scale": scale}
@@ -164,7 +166,7 @@ class TrainableMPS(Trainable):
         hidden = clip.vision_model(pixel_values=torch.cat([first, second])).last_hidden_state
         tokens = clip.visual_projection(hidden)
         looked = self.model.cross_model(tokens, words.repeat(2, 1, 1), visible.repeat(2, 1))[:, 0]
-        cosine = (unit(looked).unflatten(0, (2, -1)) * unit(pooled)).sum(-1)
+        cosine = (halves(unit(looked)) * unit(pooled)).sum(-1)
         return {"rewards": clip.logit_scale.exp() * cosine}
 
     def _read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +195,7 @@ class TrainableMPS(Trainable):
         self.model.towers.tokenizer.save_pretrained(folder)
 
 
-class _Dropout(nn.Module):
+class TrainingDropout(nn.Module):
     """Active whenever a gradient is computed: the scorer around it never leaves evaluation mode."""
 
     def __init__(self, rate: float) -> None:
@@ -201,6 +203,7 @@ class _Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
         return F.dropout(x, self.rate, training=torch.is_grad_enabled())
 
 
@@ -216,7 +219,7 @@ class TrainableBLIP(Trainable):
     def __init__(self, model: ImageReward) -> None:
         super().__init__(model)
         for place, rate in zip((1, 3, 5), (0.2, 0.2, 0.1), strict=True):
-            model.mlp[place] = _Dropout(rate)
+            model.mlp[place] = TrainingDropout(rate)
 
     def read_texts(self, comparisons: Sequence[Comparison]) -> Tensors:
         """Token ids and mask, [B, 2, 35]."""
@@ -229,7 +232,7 @@ class TrainableBLIP(Trainable):
         # In full precision, as `score_pixels` computes it, whatever the towers run in.
         with torch.autocast(states.device.type, enabled=False):
             wide = states.to(torch.promote_types(states.dtype, torch.float32))
-            return {"rewards": self.model.mlp(wide).squeeze(-1).unflatten(0, (2, -1))}
+            return {"rewards": halves(self.model.mlp(wide).squeeze(-1))}
 
     def thaw(self, image_groups: int | None, text_groups: int | None) -> None:
         """See `Trainable`; the head is always trained. There are no projections, so groups are blocks."""
@@ -270,7 +273,7 @@ class TrainablePAL(Trainable):
         head = self.model.head
         weights = head.user_logits[texts["persons"]].softmax(-1)
         rewards = head(images, words.repeat(2, 1), weights.repeat(2, 1))
-        return {"rewards": rewards.unflatten(0, (2, -1))}
+        return {"rewards": halves(rewards)}
 
     def thaw(self, image_groups: int | None, text_groups: int | None) -> None:
         """The head and the people's weights; an exponent that distances do not use is left out."""
@@ -314,6 +317,11 @@ def thaw(named: Iterable[tuple[str, nn.Parameter]], groups: int | None) -> None:
     top = max(depths, default=0)
     for (_, parameter), own in zip(named, depths, strict=True):
         parameter.requires_grad_(groups is None or top - own < groups)
+
+
+def halves(both: Tensor) -> Tensor:
+    """Rows of the first pictures, then of the second ones, [2B, ...], as [2, B, ...]."""
+    return torch.stack(both.chunk(2))
 
 
 def _token_ids(model: Any, comparisons: Sequence[Comparison]) -> Tensor:

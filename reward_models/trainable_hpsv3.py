@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from diffalign.data.compared import Comparison
 from diffalign.reward_models.hpsv3 import HPSv3
 from diffalign.reward_models.qwen_heads import MarkedText, VisionTokens, pad_rows
-from diffalign.reward_models.trainable import Tensors, Trainable, thaw
+from diffalign.reward_models.trainable import Tensors, Trainable, TrainingDropout, halves, thaw
 
 __all__ = ["TrainableHPSv3"]
 
@@ -21,9 +21,9 @@ __all__ = ["TrainableHPSv3"]
 class TrainableHPSv3(Trainable):
     """HPSv3 with its head, the embedding of its token, and groups of layers thawed.
 
-    Of the embeddings only the added tokens' rows are trained, as a small parameter of their own: the original trains the
-    whole matrix and puts all other rows back after every step, which comes to the same and costs its optimizer state.
-    The head's dropout is not active: the scorer's module never leaves evaluation mode.
+    Of the embeddings only the added tokens' rows are trained, as a small parameter of their own: the original trains
+    the whole matrix and puts all other rows back after every step, which comes to the same and costs its optimizer
+    state.
     """
 
     model: HPSv3
@@ -35,6 +35,8 @@ class TrainableHPSv3(Trainable):
         self.first_new = table.num_embeddings - len(model.reward_tokens)
         self.new_rows = nn.Parameter(table.weight[self.first_new :].detach().clone())
         table.register_forward_hook(self._embed_new)
+        assert isinstance(model.scorer.rm_head, nn.Sequential)
+        model.scorer.rm_head[2] = TrainingDropout(0.05)
 
     def _embed_new(self, _: nn.Module, arguments: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         """Embeddings with the trained rows in the places of the added tokens."""
@@ -65,7 +67,7 @@ class TrainableHPSv3(Trainable):
         ]
         media = [*_items(first, texts["first"]), *_items(second, texts["second"])]
         means, log_deviations = self.model.outputs(media, [*words, *words])[:, 0].unbind(-1)
-        return {"rewards": means.unflatten(0, (2, -1)), "log_deviations": log_deviations.unflatten(0, (2, -1))}
+        return {"rewards": halves(means), "log_deviations": halves(log_deviations)}
 
     def thaw(self, image_groups: int | None, text_groups: int | None) -> None:
         """See `Trainable`; head and added tokens are always trained, the other embeddings never."""
@@ -96,5 +98,5 @@ def _published(name: str) -> str:
 
 def _items(patches: Tensor, grids: Tensor) -> list[VisionTokens]:
     shapes: list[tuple[int, int, int]] = [(t, h, w) for t, h, w in grids.tolist()]
-    parts = patches.split([t * h * w for t, h, w in shapes])
+    parts = torch.split(patches, [t * h * w for t, h, w in shapes])
     return [VisionTokens(part, shape) for part, shape in zip(parts, shapes, strict=True)]

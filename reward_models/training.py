@@ -48,7 +48,7 @@ __all__ = ["ScorerTrainer", "accuracy", "train_configured", "train_scorer"]
 
 ACCURACY_FILE = "accuracy.json"
 BEST_FOLDER = "best"
-DRAWN = 1_000_000
+DRAWN = 200_000
 """Comparisons that the embedded world's renderer can draw, unless the configuration says how many."""
 _HELD_OUT_SCENES = 1000
 
@@ -146,7 +146,7 @@ class ScorerTrainer:
         if config.loss == "hinge":
             return hinge_loss(difference, preference, config.margin)
         if config.loss == "none":
-            return 0 * difference
+            return torch.zeros_like(difference)
         # The others know no ties: these have no part in the gradient.
         decided = sign.abs()
         if config.loss == "bradley_terry":
@@ -227,23 +227,24 @@ def train_scorer(run: ScorerRun) -> tuple[Path, dict[str, float | None]]:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("train-reward keeps the model whole on every process; use configs/accelerate/ddp.yaml")
     data, validation = _load(run.data, run.seed), None
+    people = _people(data)
     if run.validation_data is not None:
         loaded = _load(run.validation_data, run.seed + 1)
         assert isinstance(loaded, ComparisonList)
         validation = loaded
     elif training.num_validation_pairs and isinstance(data, ComparisonList):
         data, validation = data.split(training.num_validation_pairs, run.seed)
-    people = sorted({i.person for i in data.items if i.person is not None}) if isinstance(data, ComparisonList) else []
     processes = launched()
     trainable = start_training(
         config, folder / "start", people=people, seed=run.seed, device=accelerator.device, processes=processes
     )
     trainer = ScorerTrainer(trainable, config)
-    limit = run.data.max_corrupt_fraction
     if isinstance(data, ComparisonList):
-        data = drop_bad(data, trainable, folder / "pictures.json", limit, run.workers, processes)
+        limit, record = run.data.max_corrupt_fraction, folder / "pictures.json"
+        data = drop_bad(data, trainable, record, limit, run.workers, processes)
     if validation is not None:
-        validation = drop_bad(validation, trainable, folder / "pictures_held_out.json", limit, run.workers, processes)
+        limit, record = (run.validation_data or run.data).max_corrupt_fraction, folder / "pictures_held_out.json"
+        validation = drop_bad(validation, trainable, record, limit, run.workers, processes)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", dump_config(run).encode())
@@ -321,6 +322,8 @@ def _check(run: ScorerRun, training: Any) -> None:
         raise ConfigError("training.validation_steps needs validation_data, or training.num_validation_pairs")
     if run.data.drawn is not None and run.data.drawn != "train":
         raise ConfigError(f"data.dataset_name: expected diffalign://shapes/train, found {run.data.dataset_name!r}")
+    if run.data.drawn and run.reward.weighting == "prompt":
+        raise ConfigError("reward.weighting: prompt is for pictures that exist; scenes are drawn one by one")
     if run.data.drawn and training.num_validation_pairs:
         raise ConfigError("scenes are held out with validation_data: {dataset_name: diffalign://shapes/held_out}")
     if run.validation_data is not None and run.validation_data.drawn not in (None, "held_out"):
@@ -328,6 +331,12 @@ def _check(run: ScorerRun, training: Any) -> None:
             f"validation_data.dataset_name: expected diffalign://shapes/held_out, found "
             f"{run.validation_data.dataset_name!r}"
         )
+
+
+def _people(data: Comparisons) -> list[str]:
+    """Who decided, by name; held-out comparisons of `data` count too, for there is nothing to say of strangers."""
+    items = data.items if isinstance(data, ComparisonList) else ()
+    return sorted({item.person for item in items if item.person is not None})
 
 
 def _load(config: ComparisonsConfig, seed: int) -> Comparisons:

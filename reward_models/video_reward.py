@@ -245,10 +245,10 @@ def merge_lora(info: RewardInfo, state: Mapping[str, Tensor], alpha: float, sour
     for place, pair in factors.items():
         weight, a, b = plain.get(f"{place}.weight"), pair.get("A"), pair.get("B")
         if weight is None or a is None or b is None or (b.shape[0], a.shape[1]) != weight.shape or len(a) != b.shape[1]:
-            found = [None if tensor is None else list(tensor.shape) for tensor in (weight, a, b)]
+            shapes = [None if tensor is None else list(tensor.shape) for tensor in (weight, a, b)]
             raise WeightsError(
                 f"cannot load {info.name} from {str(source)!r}: the LoRA of {place!r} does not fit: expected its "
-                f"weight [m, n], A [r, n] and B [m, r], found {found}"
+                f"weight [m, n], A [r, n] and B [m, r], found {shapes}"
             )
         wide = torch.promote_types(weight.dtype, torch.float32)
         plain[f"{place}.weight"] = weight.to(wide) + alpha / len(a) * (b.to(wide) @ a.to(wide))

@@ -196,8 +196,10 @@ def load_comparisons(config: ComparisonsConfig) -> ComparisonList:
     base = config.image_dir or table.base
     items: list[Comparison] = []
     left_out: dict[str, int] = {}
-    for number in range(len(table)):
-        row = table[number]
+    later: dict[str, DatasetTable] = {}
+    if isinstance(table, DatasetTable):
+        later = {column: table.select([column]) for column in _PICTURES.get(name, ())}
+    for number, row in enumerate(_rows(table, later)):
         found = list(read(row, number, config)) if isinstance(row.get(needed[0]), str) else []
         undecided = sum(preference == 0.5 for _, _, preference in found)
         if not found or (undecided and not config.ties):
@@ -211,8 +213,8 @@ def load_comparisons(config: ComparisonsConfig) -> ComparisonList:
         key = str(row["id"]) if isinstance(row.get("id"), str | int) else str(number)
         for i, (first, second, preference) in enumerate(found):
             pair_id = key if len(found) == 1 else f"{key}/{i}"
-            sources = [ImageSource.of(cell, base) for cell in (first, second)]
-            items.append(Comparison(pair_id, row[needed[0]], *sources, preference, person, condition))
+            one, other = (_source(cell, later, number, base) for cell in (first, second))
+            items.append(Comparison(pair_id, row[needed[0]], one, other, preference, person, condition))
         if config.max_train_samples is not None and len(items) >= config.max_train_samples:
             items = items[: config.max_train_samples]
             break
@@ -231,6 +233,42 @@ def _open(config: ComparisonsConfig) -> RowTable | DatasetTable:
         return table
     rows = read_index(index)
     return RowTable(str(index), "", tuple(dict.fromkeys(key for row in rows for key in row)), index.parent, rows)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Stands for a cell with a picture, which is not read with the labels."""
+
+    column: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell(ImageSource):
+    """A picture in a table on the disk, read when it is asked for: all of Pick-a-Pic fits into no memory."""
+
+    table: DatasetTable
+    row: int
+    column: str
+    base: Path | None
+
+    def read(self) -> bytes:
+        """See `ImageSource`."""
+        return ImageSource.of(self.table[self.row][self.column], self.base).read()
+
+
+def _rows(table: RowTable | DatasetTable, later: Mapping[str, DatasetTable]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table; those of one on the disk without their pictures."""
+    if isinstance(table, RowTable):
+        yield from table.rows
+        return
+    for row in table.scan([column for column in table.columns if column not in later]):
+        yield {**row, **{column: _Later(column) for column in later}}
+
+
+def _source(cell: Any, later: Mapping[str, DatasetTable], number: int, base: Path | None) -> ImageSource:
+    if isinstance(cell, _Later):
+        return _Cell(None, later[cell.column], number, cell.column, base)
+    return ImageSource.of(cell, base)
 
 
 Found = tuple[Any, Any, float]
@@ -281,6 +319,8 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "hpdv3": ("prompt", "path1", "path2"),
     "chosen_rejected": ("prompt", "chosen", "rejected"),
 }
+_PICTURES = {name: _COLUMNS[name][1:3] for name in ("pickapic", "hpdv3", "chosen_rejected")}
+"""Columns with one picture each; other formats name files in lists."""
 _ROWS = {
     "pickapic": _pickapic,
     "hpdv2": _hpdv2,

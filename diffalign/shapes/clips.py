@@ -195,6 +195,20 @@ def judge_clip(frames: NDArray[np.uint8] | NDArray[np.floating], prompt: ClipPro
     return ClipVerdict(moves and 2 * fitting > len(named), moves, reason, motion, tuple(path))
 
 
+def object_share(frames: NDArray[np.uint8] | NDArray[np.floating], prompt: ClipPrompt) -> float:
+    """The share of a clip's frames, in [0, 1], that show the asked object and nothing else."""
+    from diffalign.shapes.judge import read_image
+
+    readings = [read_image(frame) for frame in frames]
+    fitting = [
+        len(reading.things) == 1
+        and not reading.unreadable
+        and (reading.things[0].color, reading.things[0].shape) == (prompt.color, prompt.shape)
+        for reading in readings
+    ]
+    return sum(fitting) / len(fitting)
+
+
 def _motion(places: list[tuple[float, float]]) -> str | None:
     """The motion along centres in order; None if it is none of the five."""
     (x0, y0), (x1, y1) = places[0], places[-1]
