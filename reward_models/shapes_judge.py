@@ -95,7 +95,5 @@ def as_scene(image: Image.Image) -> npt.NDArray[np.uint8]:
         InvalidMediaError: If it has another size.
     """
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise InvalidMediaError(
-            f"the judge reads {IMAGE_SIZE}x{IMAGE_SIZE} pixels, got {image.width}x{image.height}"
-        )
+        raise InvalidMediaError(f"the judge reads {IMAGE_SIZE}x{IMAGE_SIZE} pixels, got {image.width}x{image.height}")
     return np.asarray(image)
