@@ -12,7 +12,11 @@ from diffalign.config import load_config, trainer_settings
 
 
 def test_every_cell_names_a_config_of_its_method() -> None:
-    known = {"flow_dpo_time_weighted": "flow_dpo", "flow_nrg": "diffusion_dpo"}
+    known = {
+        "flow_dpo_time_weighted": "flow_dpo",
+        "flow_nrg": "diffusion_dpo",
+        "diffusion_dpo_rendered": "diffusion_dpo",
+    }
     for model, methods in results.METHODS.items():
         for method, (file, overrides) in methods.items():
             config = load_config(f"configs/{file}", overrides)
