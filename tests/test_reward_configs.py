@@ -54,6 +54,7 @@ def test_mistakes_are_named(override: str, message: str) -> None:
         checked_config(ScorerRun, read_settings("reward_pickscore.yaml", [override]))
 
 
+@pytest.mark.slow
 def test_no_judge_is_asked_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn pairs are the same at every visit, and of training prompts; the held-out ones of held-out prompts."""
     held = {p.text for p in prompts("held_out")}
@@ -118,6 +119,7 @@ def checklist(folder: Path, file: Path, **reward: Any) -> Path:
     return config
 
 
+@pytest.mark.slow
 def test_the_judges_questions_get_the_weights_that_labels_were_drawn_with(
     judged: list[dict[str, int]], tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ def test_mps_at_full_size(prefix):
         load_complete(MPS.info, network, file, "file", rename=_rename)
 
 
+@pytest.mark.slow
 def test_3dgen_at_full_size():
     network = _Network(clip_h_config())
     assert shapes_of(network) == threedgen_shapes()

@@ -333,6 +333,7 @@ def connect(address: str, **options: Any) -> RewardModel:
 PICTURE = Image.new("RGB", (8, 8), "red")
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_gives_invalid_rows_in_time():
     release = threading.Event()
 

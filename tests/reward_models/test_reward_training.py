@@ -126,6 +126,7 @@ def scores(model: RewardModel, items: list[Comparison]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_rewards_are_the_scorers_and_what_is_trained_is_what_is_saved(
     name: str, section: Callable[..., ScorerConfig], tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_folder_with_several_models(folder, shapes_folder, clip_folder, tmp_path):
     out = tmp_path / "scores.jsonl"
     result = run(folder, "--reward", f"shapes={shapes_folder}", f"clipscore={clip_folder}", "--output", out)
@@ -261,6 +262,7 @@ def test_outputs_of_other_kinds_are_refused(folder, tmp_path):
     assert "scores are written as .jsonl or .parquet, got 'o.csv'" in result.output
 
 
+@pytest.mark.slow
 def test_default_output_is_beside_the_folder(folder, shapes_folder):
     for _ in range(2):  # what it leaves is not scored by the next run
         result = run(folder, "--reward", f"shapes={shapes_folder}")

@@ -133,7 +133,7 @@ def test_the_flow_transformer_is_worth_aligning_and_leaves_room() -> None:
 
 @pytest.mark.slow
 def test_the_video_model_draws_what_is_asked_and_moves_it() -> None:
-    """Shape and colour in most clips; the motion is often none of the five."""
+    """Most frames can be read, and most objects that can be followed move as asked."""
     policy, benchmark = load_policy("diffalign://shapes_video"), ShapesVideo(num_prompts=5)
     cases = benchmark.cases()
     videos = policy.sample(
@@ -142,5 +142,5 @@ def test_the_video_model_draws_what_is_asked_and_moves_it() -> None:
     assert videos.shape == (5, FRAMES, 3, 64, 64)
     rows = benchmark.score(videos, cases)
     seen = [judge_clip(to_judge_pixels(v), parse_clip_prompt(c.prompt)) for v, c in zip(videos, cases, strict=True)]
-    assert sum(place is not None for verdict in seen for place in verdict.path) >= 22  # of 30 frames
-    assert 1 <= sum(row.evidence["motion"] is not None for row in rows)
+    assert sum(place is not None for verdict in seen for place in verdict.path) >= 18  # of 30 frames
+    assert 2 <= sum(row.evidence["motion_correct"] for row in rows)
