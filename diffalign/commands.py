@@ -92,7 +92,7 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
         data=config.data,
         sampling=config.sampling,
     )
-    check_scorers(source, [reward_model_info(config.pairs.reward_model)])
+    check_scorers(source, [reward_model_info(config.pairs.reward_model)], in_groups=True)
     processes = launched()
     reward_model = load_reward_model(
         config.pairs.reward_model, **{"device": pick_device(), **config.pairs.reward_options}

@@ -254,7 +254,6 @@ def _everything(
         "num_inference_steps": sampling.num_inference_steps,
         "batch_size": sampling.batch_size,
         "requests": f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}",
-        "reference": reference,
         "device": next(policy.denoiser.parameters()).device.type,
         "pipeline": policy.sampling_settings(float(sampling.guidance_scale or 0)),
         **settings,

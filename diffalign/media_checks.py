@@ -53,12 +53,13 @@ def check_media_settings(
         )
 
 
-def check_scorers(source: ModelSource, infos: Iterable[Any]) -> None:
+def check_scorers(source: ModelSource, infos: Iterable[Any], *, in_groups: bool = False) -> None:
     """Raises ValueError for a reward model that does not score what the model draws.
 
     Args:
         source: The model.
         infos: What is known about the reward models, as `diffalign.reward_models.RewardInfo`.
+        in_groups: Whether all media of a prompt are scored in one call, as a rank among them needs.
     """
     kind = "video" if policy_class(source).is_video else "image"
     for info in infos:
@@ -66,6 +67,11 @@ def check_scorers(source: ModelSource, infos: Iterable[Any]) -> None:
             raise ConfigError(
                 f"reward model {info.name!r} scores {' and '.join(sorted(info.kind))}s, and {source.family} draws "
                 f"{kind}s; take a reward model of {kind}s"
+            )
+        if info.groupwise and not in_groups:
+            raise ConfigError(
+                f"reward model {info.name!r} compares the {kind}s of one prompt with each other, and here each is "
+                "scored alone; take one that scores single media"
             )
 
 

@@ -168,7 +168,7 @@ def checked(config: RunConfig) -> ModelSource:
         if config.rollout.reward_model is not None:
             from diffalign.reward_models import reward_model_info
 
-            check_scorers(source, [reward_model_info(config.rollout.reward_model)])
+            check_scorers(source, [reward_model_info(config.rollout.reward_model)], in_groups=True)
     trainer_class.check_prediction(source.prediction)
     return source
 

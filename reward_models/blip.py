@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from diffalign.reward_models.base import RewardInfo, WeightsError
-from diffalign.reward_models.weights import locate, number_positions, one_line
+from diffalign.reward_models.weights import number_positions, one_line, read_tokenizer
 
 __all__ = [
     "TEXT_KEYS",
@@ -199,17 +199,8 @@ def load_tokenizer(
     Raises:
         WeightsError: If it is not there, or has another number of tokens.
     """
-    source, local = locate(info, path_or_id, local_files_only)
-    try:
-        tokenizer = transformers.BertTokenizer.from_pretrained(source, local_files_only=local)
-        # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise OSError("there is no vocabulary")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"cannot load the tokenizer of {info.name} from {source!r}: {one_line(error)}; expected vocab.txt or "
-            "tokenizer.json of 'google-bert/bert-base-uncased', there or in the local folder of the weights"
-        ) from error
+    files = "vocab.txt or tokenizer.json of 'google-bert/bert-base-uncased',"
+    source, tokenizer = read_tokenizer(info, transformers.BertTokenizer, path_or_id, files, local_files_only)
     if len(tokenizer) not in (vocab_size - 2, vocab_size):
         raise WeightsError(
             f"the tokenizer in {source!r} does not belong to {info.name}: it has {len(tokenizer)} tokens, expected "

@@ -31,6 +31,7 @@ __all__ = [
     "locate",
     "number_positions",
     "one_line",
+    "read_tokenizer",
 ]
 
 
@@ -95,17 +96,8 @@ def load_tokenizer(
     Raises:
         WeightsError: If it is missing, damaged, or of another model.
     """
-    words, local = locate(info, source, local_files_only)
-    try:
-        tokens = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=local)
-        # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
-        if set(tokens.get_vocab()) <= set(tokens.all_special_tokens):
-            raise OSError("there is no vocabulary")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"cannot load the tokenizer of {info.name} from {words!r}: {one_line(error)}; expected tokenizer.json, or "
-            "vocab.json and merges.txt, there or in the local folder of the weights"
-        ) from error
+    files = "tokenizer.json, or vocab.json and merges.txt,"
+    words, tokens = read_tokenizer(info, transformers.CLIPTokenizer, source, files, local_files_only)
     _check_tokenizer(info, tokens, text_config, words)
     return tokens
 
@@ -227,6 +219,35 @@ def _load_clip(source: str, local_files_only: bool) -> transformers.CLIPModel:
             total = len(model.state_dict())
             raise ValueError(f"{len(keys)} tensors are {what} (the model has {total}), such as {sorted(keys)[0]!r}")
     return model
+
+
+def read_tokenizer(
+    info: RewardInfo, kind: Any, path_or_id: str | Path, files: str, local_files_only: bool | None = None
+) -> tuple[str, Any]:
+    """Where a tokenizer was found, and the tokenizer.
+
+    Args:
+        info: Which model it is for.
+        kind: Its class in transformers.
+        path_or_id: Local folder or Hub id.
+        files: What it consists of, for the message.
+        local_files_only: Never ask the Hub; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: If it is missing or damaged.
+    """
+    source, local = locate(info, path_or_id, local_files_only)
+    try:
+        tokenizer = kind.from_pretrained(source, local_files_only=local)
+        # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise OSError("there is no vocabulary")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"cannot load the tokenizer of {info.name} from {source!r}: {one_line(error)}; expected {files} there "
+            "or in the local folder of the weights"
+        ) from error
+    return source, tokenizer
 
 
 def _check_tokenizer(info: RewardInfo, tokenizer: Any, text_config: Any, source: str) -> None:

@@ -221,6 +221,9 @@ def test_reference_images_are_the_base_models(tiny_pipeline: Path, policy: Any, 
     image = REQUESTS[0].file
     assert (tmp_path / "reference" / image).read_bytes() == (finished / image).read_bytes()
     assert (tmp_path / "aligned" / image).read_bytes() != (finished / image).read_bytes()
+    drawn = (tmp_path / "reference" / image).stat().st_mtime_ns
+    generate(policy, REQUESTS, tmp_path / "reference", SAMPLING, settings=SETTINGS)  # the same weights, named otherwise
+    assert (tmp_path / "reference" / image).stat().st_mtime_ns == drawn
 
 
 def test_nan_is_an_error_that_names_prompt_and_seed(tiny_pipeline: Path, tmp_path: Path) -> None:

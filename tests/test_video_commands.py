@@ -237,6 +237,14 @@ def test_scorers_are_of_what_the_model_draws() -> None:
     check_judges(IMAGES, [], plugins.find("eval", "shapes"))
 
 
+def test_ranks_among_the_images_of_a_prompt_need_all_of_them_in_one_call() -> None:
+    ranks = reward_model_info("group_rank(pickscore)")
+    check_scorers(IMAGES, [ranks], in_groups=True)
+    for check in (lambda: check_scorers(IMAGES, [ranks]), lambda: check_judges(IMAGES, [ranks], None)):
+        with pytest.raises(ValueError, match="compares the images of one prompt with each other, and here each is"):
+            check()
+
+
 def test_requests_are_of_what_the_model_draws(tiny_pipeline: Path, tmp_path: Path) -> None:
     from diffalign.backbones import load_policy
 
