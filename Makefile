@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.diffalign-installed
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(BIN)/python -m pytest
+# Groups of tests in the order of tests/conftest.py, not by their number.
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help install demo results bench-scoring test test-fast test-all check format build clean
 
@@ -43,10 +45,10 @@ bench-scoring: install
 	@$(BIN)/python -m benchmarks.scoring $(if $(FULL_SIZE),--full-size)
 
 test: install
-	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not gpu and not network"
+	@$(OFFLINE) $(PYTEST) $(PARALLEL) -m "not gpu and not network"
 
 test-fast: install
-	@$(OFFLINE) $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not gpu and not network"
+	@$(OFFLINE) $(PYTEST) $(PARALLEL) -m "not slow and not gpu and not network"
 
 test-all: install
 	@HF_HUB_OFFLINE=0 $(PYTEST)

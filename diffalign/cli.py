@@ -44,7 +44,7 @@ class _UserErrors(click.Group):
 def cli(debug: bool) -> None:
     """Preference alignment for text-to-image and text-to-video diffusion and flow models.
 
-    pairs, rollout, sample, score, train and evaluate share their work among processes:
+    pairs, rollout, sample, score, train, evaluate and evaluate-reward share their work among processes:
     `accelerate launch -m diffalign ...`
     """
 
@@ -122,9 +122,9 @@ def rollout(config: str, overrides: tuple[str, ...]) -> None:
 
 
 class _SeveralNames(click.Command):
-    """A command whose option `--reward` takes all the names that follow it: `--reward a b` is `--reward a --reward b`.
+    """A command whose first repeatable option takes all names that follow: `--reward a b` is `--reward a --reward b`.
 
-    Where no argument is left over, the last of the names is the command's INPUT.
+    Where no argument is left over, the last of the names is the command's own: INPUT, or MODEL.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -186,6 +186,31 @@ def score(source: str, rewards: tuple[str, ...], output: str | None, **options: 
     _print(_commands().score(source, rewards, output, **options))
 
 
+@cli.command("evaluate-reward")
+@click.argument("rewards", nargs=-1, required=True, metavar="NAME[=PATH]...")
+@click.option(
+    "--benchmark",
+    required=True,
+    metavar="NAME|FILE",
+    help="hpdv2, imagerewarddb, pickapic_v2 or videogen_rewardbench with --data, or a file of comparisons.",
+)
+@click.option("--output", required=True, help="Folder for scores, comparisons and report.json.")
+@click.option("--data", default=None, help="Annotations of a named benchmark: its file, or the folder with it.")
+@click.option("--media-dir", default=None, help="What names of media are relative to; default: the file's folder.")
+@click.option("--calibration", default=None, help="Other comparisons of its kind, to choose on where ties begin.")
+@click.option("--calibration-media", default=None, help="What names of their media are relative to.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Threads that read and resize; 0: one per core.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def evaluate_reward(rewards: tuple[str, ...], benchmark: str, output: str, **options: Any) -> None:
+    """Measure how often reward models agree with people, on pairs or rankings. Goes on where it was stopped.
+
+    FILE is JSONL, JSON, CSV or parquet with prompt, media_a, media_b and label (a, b, tie) or p_a, or with the columns
+    of Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB or VideoGen-RewardBench.
+    """
+    _print(_commands().evaluate_reward(rewards, benchmark, output, **options))
+
+
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, for programs.")
 def rewards(as_json: bool) -> None:
@@ -231,20 +256,98 @@ def train_reward(config: str, overrides: tuple[str, ...]) -> None:
     _print(_commands().train_reward(config, overrides))
 
 
-@cli.command()
-@click.argument("config")
+@cli.command(cls=_SeveralNames)
+@click.argument("target", metavar="CONFIG|MODEL")
 @OVERRIDES
-def evaluate(config: str, overrides: tuple[str, ...]) -> None:
-    """Compare base and aligned model at equal seeds and equal guidance."""
-    _print(_commands().evaluate(config, overrides))
+@click.option(
+    "--benchmark", "benchmarks", multiple=True, metavar="NAME...", help="Judge MODEL on these; see docs/benchmarks.md."
+)
+@click.option("--adapter", default=None, help="Trained weights on top of MODEL: a run's output folder.")
+@click.option("--against", default=None, metavar="BASE", help="Another model to compare with, pair by pair.")
+@click.option("--output", default=None, help="Folder for pictures, rows and reports; several models may share it.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Take only so many prompts of each benchmark.")
+@click.option("--samples", type=click.IntRange(min=1), default=None, help="Per prompt; default: the benchmark's own.")
+@click.option("--stage", type=click.Choice(["generate", "score", "aggregate"]), default=None, help="Do only this one.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME.KEY=VALUE", help="geneval.mode=strict; may be repeated."
+)
+@click.option("--guidance-scale", type=float, default=None, help="Default: what the model's family is sampled with.")
+@click.option("--num-inference-steps", type=int, default=None, help="Likewise.")
+@click.option("--height", type=click.IntRange(min=1), default=None, help="In pixels, with --width; likewise.")
+@click.option("--width", type=click.IntRange(min=1), default=None)
+@click.option("--num-frames", type=click.IntRange(min=1), default=None, help="Of a video; likewise.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=None, help="Default: 8 images or 1 video.")
+@click.option(
+    "--import", "imported", default=None, metavar="FOLDER", help="Judge pictures made elsewhere; draw nothing."
+)
+@click.option("--training-prompts", default=None, metavar="FILE", help="Warn of a benchmark's prompts that are in it.")
+def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...], **options: Any) -> None:
+    """Compare base and aligned model of CONFIG, or judge MODEL on benchmarks: `evaluate MODEL --benchmark geneval`.
+
+    The comparison is made at equal seeds and equal guidance. Benchmarks draw what is missing, score what is missing,
+    and aggregate; killed at any moment, the same command goes on where it was.
+    """
+    is_config = target.lower().endswith((".yaml", ".yml"))
+    if not benchmarks:
+        given = [name for name, value in options.items() if value not in (None, ())]
+        if given or not (is_config or os.path.isfile(target)):
+            flag = {"imported": "import", "options": "option"}.get(given[0], given[0]) if given else ""
+            found = f"--{flag.replace('_', '-')}" if given else f"{target!r}, which is no .yaml file"
+            raise ValueError(
+                f"evaluate takes a CONFIG, or a MODEL with --benchmark NAME; found {found} and no --benchmark"
+            )
+        _print(_commands().evaluate(target, overrides))
+        return
+    if is_config:
+        raise ValueError(f"--benchmark judges a MODEL (folder, Hub id or diffalign://...), found the config {target!r}")
+    if overrides:
+        raise ValueError(f"{overrides[0]!r}: only a CONFIG takes overrides; a benchmark's are --option NAME.KEY=VALUE")
+    _commands()
+    from diffalign.benchmarking import evaluate_benchmarks
+
+    _print(evaluate_benchmarks(target, benchmarks, **options))
+
+
+@cli.command("evaluate-images", cls=_SeveralNames)
+@click.argument("folder")
+@click.option(
+    "--against", required=True, metavar="FOLDER|FILE", help="Reference pictures; for fid also .npz statistics."
+)
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="NAME...", default=("fid", "cmmd"), help="fid (extra `fid`), cmmd."
+)
+@click.option("--output", default=None, metavar="FILE", help="Write the report there, as JSON.")
+@click.option("--limit", type=click.IntRange(min=2), default=None, help="Take only the first so many of each.")
+@click.option("--blocks", type=click.IntRange(min=0), default=20, show_default=True, help="For intervals; 0: none.")
+@click.option("--fid-weights", default=None, help="Inception's file; default: fetched once.")
+@click.option("--cmmd-weights", default=None, help="Folder or Hub id of CLIP ViT-L/14 at 336 pixels.")
+def evaluate_images(folder: str, against: str, metrics: tuple[str, ...], **options: Any) -> None:
+    """Measure how far the pictures of FOLDER are from reference pictures: FID, CMMD."""
+    click.echo(_commands().evaluate_images(folder, against, metrics, **options))
 
 
 @cli.command()
-@click.argument("run_dir")
-@click.option("--output", default=None, help="HTML file; default: report.html in the run's folder.")
-def report(run_dir: str, output: str | None) -> None:
-    """Write the HTML report of a run."""
-    click.echo(_commands().report(run_dir, output))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--output", default=None, help="Default: report.html in the run's folder, or the one that holds them all."
+)
+@click.option(
+    "--format",
+    type=click.Choice(["html", "markdown", "latex"]),
+    default="html",
+    show_default=True,
+    help="The page, or its tables alone.",
+)
+@click.option("--scorer", default=None, help="The one that verdicts speak of; default: the first.")
+@click.option("--force", is_flag=True, help="Let numbers of different protocols share a column.")
+@click.option("--thumbnail", type=click.IntRange(32, 2048), default=None, help="Larger side of pictures, in pixels.")
+@click.option("--max-images", type=click.IntRange(min=1), default=4000, show_default=True, help="An even part of more.")
+def report(runs: tuple[str, ...], **options: Any) -> None:
+    """Write the report of one RUN, or of several side by side, as one HTML file that needs nothing else.
+
+    RUN is the output_dir of a training run, or the --output of an evaluation.
+    """
+    click.echo(_commands().report(runs, **options))
 
 
 @cli.command()

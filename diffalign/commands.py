@@ -153,6 +153,45 @@ def score(
     return "\n".join(lines)
 
 
+def evaluate_reward(
+    rewards: Sequence[str],
+    benchmark: str,
+    output: str,
+    *,
+    data: str | None = None,
+    media_dir: str | None = None,
+    calibration: str | None = None,
+    calibration_media: str | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    dtype: str = "float32",
+) -> str:
+    """Body of `diffalign evaluate-reward`."""
+    from diffalign.eval.judged_media import JudgedFile
+    from diffalign.eval.reward_accuracy_table import render
+    from diffalign.eval.reward_runs import evaluate_rewards, find_file
+    from diffalign.reward_models import reward_model_info
+
+    for name in rewards:
+        reward_model_info(name.partition("=")[0])
+    name, file = find_file(benchmark, data)
+    other = None if calibration is None else JudgedFile(calibration)
+    processes = launched()
+    report = evaluate_rewards(
+        _load_rewards(rewards, dtype),
+        file,
+        output,
+        benchmark=name,
+        media_folder=media_dir,
+        calibration=other,
+        calibration_media=calibration_media,
+        batch_size=batch_size,
+        workers=workers or min(os.cpu_count() or 1, 16),
+        processes=processes,
+    )
+    return f"{render(report)}\nresults: {Path(output) / 'report.json'}"
+
+
 def rewards(as_json: bool = False) -> str:
     """Body of `diffalign rewards`."""
     from diffalign.reward_models.catalogue import catalogue, render_catalogue, render_json
@@ -195,15 +234,21 @@ def _load_rewards(names: Sequence[str], dtype: str) -> list[Any]:
     return [load_reward_model(name, path=path or None, **options) for name, _, path in pairs]
 
 
-def report(run_dir: str, output: str | None) -> str:
-    """Body of `diffalign report`."""
-    from diffalign.eval.report import write_report
+def report(runs: str | Sequence[str], output: str | None = None, format: str = "html", **options: Any) -> str:
+    """Body of `diffalign report`: where the page is, or the tables themselves where they are written to no file.
 
-    if not Path(run_dir).is_dir():
-        raise ValueError(f"run folder {run_dir!r} does not exist; give the output_dir of a run")
-    out = Path(output) if output else Path(run_dir) / "report.html"
-    write_report(run_dir, out)
-    return f"report: {out}"
+    Args:
+        runs: Folder of a run, or several of them.
+        output: File to write; None is `report.html` in the run's folder, and the terminal for Markdown and LaTeX.
+        format: "html", "markdown" or "latex".
+        options: Those of `write_report`.
+    """
+    from diffalign.eval.report import render_report, write_report
+
+    paths = [Path(run) for run in ([runs] if isinstance(runs, str) else runs)]
+    if format != "html" and output is None:
+        return render_report(paths, format, **options).rstrip("\n")
+    return f"report: {write_report(paths, output, format=format, **options)}"
 
 
 def doctor(output: str) -> str:
@@ -281,7 +326,11 @@ def evaluate_config(config: RunConfig) -> Any:
     rows = [] if own_prompts else read_prompts(evaluation.prompts, evaluation.num_prompts, seed)
     compared, negative_model = compared_weights(config, source)
     sampling = config.sampling.model_copy(
-        update={"seed": seed, "num_images_per_prompt": 1, "negative_model": negative_model}
+        update={
+            "seed": seed,
+            "num_images_per_prompt": evaluation.num_images_per_prompt,
+            "negative_model": negative_model,
+        }
     )
     negative = find_negative_model(source, sampling)
     requests = make_requests(rows, sampling, is_video=policy_class(source).is_video)

@@ -178,6 +178,8 @@ class EvaluationConfig(_Strict):
         prompts: A text file, a JSONL with a `prompt` field, `diffalign://shapes/held_out`, or `diffalign://benchmark`
             for the benchmark's own prompts, seeds and number of samples.
         num_prompts: How many of them; None takes all.
+        num_images_per_prompt: Pictures or clips of each prompt, each with a seed of its own. Intervals keep those of a
+            prompt together. A benchmark's own prompts come with the benchmark's own number.
         reward_models: Names of the scorers.
         benchmark: "shapes" lets the embedded world's judge look at the pictures as well, "geneval" GenEval's.
         benchmark_options: Arguments of the benchmark, such as `detector: FOLDER` of "geneval".
@@ -186,6 +188,7 @@ class EvaluationConfig(_Strict):
 
     prompts: str = "diffalign://shapes/held_out"
     num_prompts: int | None = Field(default=None, ge=1)
+    num_images_per_prompt: int = Field(default=1, ge=1)
     reward_models: tuple[str, ...] = ("pickscore",)
     benchmark: str | None = None
     benchmark_options: dict[str, Any] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -160,22 +160,65 @@ def generate(
     """
     _check(requests, policy)
     sampling = sampling.resolved(policy)
-    assert sampling.batch_size is not None
     out_dir = Path(out_dir)
-    kind, folder = ("video", VIDEO_FOLDER) if policy.is_video else ("image", IMAGE_FOLDER)
 
     def claim() -> None:
-        _warn_of_long_prompts(policy, requests)
-        claim_folder(out_dir, _everything(policy, requests, sampling, reference, settings), (INDEX_FILE, folder))
-        (out_dir / folder).mkdir(exist_ok=True)
+        digest = hashlib.blake2b("".join(to_line(request.row()) for request in requests).encode(), digest_size=8)
+        first = requests[0]
+        listed = f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}"
+        own = {"batch_size": sampling.batch_size, "requests": listed}
+        everything = own | drawing_settings(policy, sampling, reference=reference, settings=settings)
+        claim_folder(out_dir, everything, (INDEX_FILE, VIDEO_FOLDER if policy.is_video else IMAGE_FOLDER))
 
     processes.on_first(claim)
+    return draw(policy, requests, out_dir / INDEX_FILE, sampling, reference=reference, processes=processes)
+
+
+def draw(
+    policy: Policy,
+    requests: Sequence[Request],
+    index: Path,
+    sampling: SamplingConfig,
+    *,
+    reference: bool = False,
+    kept: Collection[str] = (),
+    processes: Processes = ALONE,
+) -> Path:
+    """The drawing of `generate`, into a folder that the caller has made sure of: what `index` does not list yet.
+
+    Args:
+        policy: Draws.
+        requests: As in `generate`.
+        index: Where the index goes, in the folder of the pictures.
+        sampling: As in `generate`.
+        reference: As in `generate`.
+        kept: Ids of requests whose files are left as they are when their batch is drawn.
+        processes: As in `generate`.
+
+    Returns:
+        `index`.
+
+    Raises:
+        ValueError: As in `generate`.
+        NonFiniteImageError: As in `generate`.
+    """
+    _check(requests, policy)
+    sampling = sampling.resolved(policy)
+    assert sampling.batch_size is not None
+    out_dir = index.parent
+    kind, folder = ("video", VIDEO_FOLDER) if policy.is_video else ("image", IMAGE_FOLDER)
+
+    def prepare() -> None:
+        _warn_of_long_prompts(policy, requests)
+        (out_dir / folder).mkdir(exist_ok=True)
+
+    processes.on_first(prepare)
     lines = {request.id: to_line(request.row()) for request in requests}
 
     def is_current(row: Row) -> bool:
         return to_line(row) == lines[row["id"]] and (out_dir / row[kind]).is_file()
 
-    log = RowLog(out_dir / INDEX_FILE, list(lines), sampling.batch_size, is_current, processes)
+    log = RowLog(index, list(lines), sampling.batch_size, is_current, processes)
     with log.progress("sampling", kind) as progress:
         for chunk in log.todo:
             batch = requests[chunk.start : chunk.stop]
@@ -189,8 +232,9 @@ def generate(
             )
             for request, image in zip(batch, images, strict=True):
                 drawn = _finite(image, request)
-                content = to_mp4(drawn, cast(float, sampling.fps)) if request.is_video else to_png(drawn)
-                write_atomically(out_dir / request.file, content)
+                if request.id not in kept:
+                    content = to_mp4(drawn, cast(float, sampling.fps)) if request.is_video else to_png(drawn)
+                    write_atomically(out_dir / request.file, content)
             log.append([request.row() for request in batch])
             progress.update(len(batch))
     log.finish()
@@ -240,20 +284,24 @@ def weights_fingerprint(policy: Policy, *, reference: bool = False, negative: bo
     return digest.hexdigest()
 
 
-def _everything(
+def drawing_settings(
     policy: Policy,
-    requests: Sequence[Request],
     sampling: SamplingConfig,
-    reference: bool,
+    *,
+    reference: bool = False,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    digest = hashlib.blake2b("".join(to_line(request.row()) for request in requests).encode(), digest_size=8)
-    first = requests[0]
+    """What pictures depend on beside prompts, seeds and the batches they are drawn in, as JSON values.
+
+    Args:
+        policy: Draws.
+        sampling: Resolved for the policy.
+        reference: Whether the frozen reference's weights draw.
+        settings: Further entries; the hash of the weights is added, unless given as `weights`.
+    """
     everything = {
         "guidance_scale": sampling.guidance_scale,
         "num_inference_steps": sampling.num_inference_steps,
-        "batch_size": sampling.batch_size,
-        "requests": f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}",
         "device": next(policy.denoiser.parameters()).device.type,
         "pipeline": policy.sampling_settings(float(sampling.guidance_scale or 0)),
         **settings,

@@ -68,6 +68,10 @@ def check_scorers(source: ModelSource, infos: Iterable[Any], *, in_groups: bool 
                 f"reward model {info.name!r} scores {' and '.join(sorted(info.kind))}s, and {source.family} draws "
                 f"{kind}s; take a reward model of {kind}s"
             )
+        if info.pairwise_native:
+            raise ConfigError(
+                f"reward model {info.name!r} judges pairs and gives no scores; take win_rate({info.name})"
+            )
         if info.groupwise and not in_groups:
             raise ConfigError(
                 f"reward model {info.name!r} compares the {kind}s of one prompt with each other, and here each is "

@@ -21,7 +21,10 @@ class RolloutConfig(BaseModel):
         reward_model: Name of the reward model; None for people.
         reward_options: Further arguments of the reward model.
         prompts_per_round: Over all processes; 80 in D3PO's runs with scorers.
-        num_images_per_prompt: K; every two of them are a pair. 2 with scorers, 7 in its runs with people.
+        num_images_per_prompt: K, of one initial noise. 2 with scorers, 7 in its runs with people.
+        pairs: Which images of a prompt are pairs: "all" takes every two, as in the paper; "best_worst" one pair, the
+            two that are furthest apart. Drawing an image costs a quarter of learning from it, and the best of K is
+            further from the worst than two images are from each other: more is learnt from as many forward passes.
         inner_epochs: How often a round's pairs are visited.
         batch_size: Trajectories per forward pass while drawing, in whole prompts if there is room for one.
         score_batch_size: Images scored at once.
@@ -39,6 +42,7 @@ class RolloutConfig(BaseModel):
     reward_options: dict[str, Any] = Field(default_factory=dict)
     prompts_per_round: int = Field(default=80, ge=1)
     num_images_per_prompt: int = Field(default=2, ge=2)
+    pairs: Literal["all", "best_worst"] = "all"
     inner_epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=8, ge=1)
     score_batch_size: int = Field(default=32, ge=1)
@@ -48,6 +52,8 @@ class RolloutConfig(BaseModel):
     def _one_judge(self) -> Self:
         if self.labels == "human" and (self.reward_model is not None or self.reward_options):
             raise ValueError("labels: human takes no reward_model; leave it out, or set labels: reward_model")
+        if self.labels == "human" and self.pairs != "all":
+            raise ValueError("labels: human learns from all that people compared; leave out pairs: best_worst")
         return self
 
     @property
@@ -57,7 +63,9 @@ class RolloutConfig(BaseModel):
 
     @property
     def pairs_per_round(self) -> int:
-        """Every two images of every prompt, over all processes."""
+        """Over all processes."""
+        if self.pairs == "best_worst":
+            return self.prompts_per_round
         return self.images_per_round * (self.num_images_per_prompt - 1) // 2
 
     def read_prompts(self, seed: int) -> list[PromptRow]:

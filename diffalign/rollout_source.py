@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -130,6 +131,10 @@ class RolloutSource:
     def _take(self, number: int, inside: int) -> None:
         found = self._rounds.get(number, inside)
         pairs = [pair for one in zip(found.rollouts, found.tables, strict=True) for pair in _pairs(*one)]
+        if self.config.pairs == "best_worst":
+            every = math.comb(self.config.num_images_per_prompt, 2)
+            groups = zip(found.tables, (pairs[i : i + every] for i in range(0, len(pairs), every)), strict=True)
+            pairs = [_furthest(table, group) for table, group in groups]
         self._round, self._pairs = number, pairs
         self._metrics = {
             "round": float(number),
@@ -158,6 +163,12 @@ def _pairs(rollouts: Rollouts, table: Tensor) -> list[_Pair]:
         own = Draw(draw.seed, draw.epoch, f"{draw.pair_id}/{i}-{j}")
         pairs.append(_Pair(own, rollouts, chosen, rejected, abs(order), float(known)))
     return pairs
+
+
+def _furthest(table: Tensor, pairs: Sequence[_Pair]) -> _Pair:
+    """Of a prompt's pairs the one whose images differ most in wins minus losses; compared ones before others."""
+    wins = table.nansum(dim=1)
+    return max(pairs, key=lambda pair: (pair.weight, float(wins[pair.chosen] - wins[pair.rejected])))
 
 
 def _assemble(visits: Sequence[tuple[_Pair, int]]) -> TransitionPairs:

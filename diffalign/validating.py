@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.batches import PairBatch
 from diffalign.config import ConfigError, EvaluationConfig, RunConfig
@@ -21,7 +19,7 @@ from diffalign.generation import Request, to_png
 from diffalign.policy import Policy
 from diffalign.randomness import Draw
 from diffalign.sharding import is_sharded
-from diffalign.videos import read_all_frames, to_mp4
+from diffalign.videos import to_mp4
 
 logger = logging.getLogger("diffalign")
 
@@ -148,11 +146,12 @@ def judge_side(index: Path, scores_path: Path | None, judge: Any | None, out: Pa
         out: The file of rows.
     """
     from diffalign.eval import Case, Row, read_jsonl, write_rows
+    from diffalign.eval.runner import score_files, slice_size
 
     scores = {row["id"]: row["scores"] for row in read_jsonl(scores_path)} if scores_path is not None else {}
-    rows = []
-    for item in read_jsonl(index):
-        row = Row(
+    items = read_jsonl(index)
+    rows = [
+        Row(
             id=item["id"],
             prompt=item["prompt"],
             seed=item["seed"],
@@ -160,23 +159,24 @@ def judge_side(index: Path, scores_path: Path | None, judge: Any | None, out: Pa
             image=f"{index.parent.name}/{item['image']}" if "image" in item else None,
             scores=scores[item["id"]] if scores_path is not None else {},
         )
-        if judge is not None:
-            media = _read_media(index.parent, item)
-            verdict = judge.score(media[None], [Case(row.id, row.prompt, row.seed, row.task)])[0]
-            row = dataclasses.replace(
-                row, task=verdict.task, correct=verdict.correct, reason=verdict.reason, evidence=verdict.evidence
-            )
-        rows.append(row)
+        for item in items
+    ]
+    if judge is not None:
+        files = [index.parent / item["image" if "image" in item else "video"] for item in items]
+        at_once = slice_size(judge)
+        for start in range(0, len(rows), at_once):
+            batch = rows[start : start + at_once]
+            cases = [Case(row.id, row.prompt, row.seed, row.task) for row in batch]
+            verdicts = score_files(judge, cases, files[start : start + at_once])
+            rows[start : start + at_once] = [
+                dataclasses.replace(
+                    row,
+                    task=v.task,
+                    scores={**row.scores, **v.scores},
+                    correct=v.correct,
+                    reason=v.reason,
+                    evidence=v.evidence,
+                )
+                for row, v in zip(batch, verdicts, strict=True)
+            ]
     write_rows(out, rows)
-
-
-def _read_media(folder: Path, item: Mapping[str, Any]) -> torch.Tensor:
-    """A drawn picture [3, H, W], or all frames of a video [T, 3, H, W], in [0, 1]."""
-    from diffalign.reward_models.media import to_rgb
-
-    if "image" in item:
-        picture: torch.Tensor = pil_to_tensor(to_rgb(folder / item["image"])).float() / 255
-        return picture
-    with (folder / item["video"]).open("rb") as file:
-        frames = [pil_to_tensor(frame) for frame in read_all_frames(file)]
-    return torch.stack(frames).float() / 255

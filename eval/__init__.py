@@ -21,22 +21,34 @@ if TYPE_CHECKING:
         write_rows,
     )
     from diffalign.eval.compare import Comparison, Pool, compare_folder, pool
+    from diffalign.eval.dpg import DPG
     from diffalign.eval.geneval import GenEval
+    from diffalign.eval.hpdv2 import HPDv2
+    from diffalign.eval.parti import PartiPrompts
     from diffalign.eval.report import write_report
     from diffalign.eval.shapes import Shapes
     from diffalign.eval.shapes_video import ShapesVideo
+    from diffalign.eval.t2i_compbench import T2ICompBench
+    from diffalign.eval.unigenbench import UniGenBench
+    from diffalign.eval.vbench import VBench
 
 _HOMES = {
     "Benchmark": "base",
     "Case": "base",
     "Comparison": "compare",
+    "DPG": "dpg",
     "GenEval": "geneval",
+    "HPDv2": "hpdv2",
+    "PartiPrompts": "parti",
     "Pool": "compare",
     "Report": "base",
     "Row": "base",
     "Score": "base",
     "Shapes": "shapes",
     "ShapesVideo": "shapes_video",
+    "T2ICompBench": "t2i_compbench",
+    "UniGenBench": "unigenbench",
+    "VBench": "vbench",
     "compare_folder": "compare",
     "pool": "compare",
     "read_jsonl": "base",
@@ -50,13 +62,19 @@ __all__ = [
     "Benchmark",
     "Case",
     "Comparison",
+    "DPG",
     "GenEval",
+    "HPDv2",
+    "PartiPrompts",
     "Pool",
     "Report",
     "Row",
     "Score",
     "Shapes",
     "ShapesVideo",
+    "T2ICompBench",
+    "UniGenBench",
+    "VBench",
     "compare_folder",
     "pool",
     "read_jsonl",

@@ -59,7 +59,7 @@ class Row:
         prompt: The prompt.
         seed: Seed of the sample. Prompt and seed identify a row.
         task: Group of the case, or None.
-        image: File of the picture, relative to the file with the rows, or None.
+        image: File of the picture or video, relative to the file with the rows, or None.
         scores: Scorer -> score, larger is better; None where scoring failed (not a number becomes None).
         correct: A benchmark's verdict, or None where there is none.
         reason: Why, in one line.
@@ -155,8 +155,8 @@ class Report:
         n_expected: Samples (or pairs) there should be.
         n_missing: How many of them are not there.
         warnings: Sentences the reader must see.
-        model: Id, revision, adapter; nothing that names a machine.
-        sampling: Guidance, steps, size, scheduler, seed rule: all that must agree before numbers may be compared.
+        model: Id, revision, adapter, and what comes with its pipeline, such as the scheduler; no name of a machine.
+        sampling: Guidance, steps, size, seed rule: all that must agree before numbers may be compared.
         reference: Published numbers to compare with: model, value, source.
     """
 
@@ -219,15 +219,30 @@ class Report:
 class Benchmark(ABC):
     """A benchmark: which samples to make, a verdict on each, and the numbers that follow.
 
+    `diffalign evaluate MODEL --benchmark` passes `--limit` on as the argument `num_prompts`, `--samples` as `samples`,
+    if the class takes them. It scores slices of `cases()` in their order; a row that could not be scored has neither a
+    verdict nor a score, and says why in `reason`: it is tried again by the next run.
+
     Attributes:
         name: Name of the benchmark, equal to its file's.
         version: Changes whenever equal pictures could get other numbers.
         is_video: Whether it judges videos.
+        reference: Published numbers to stand beside a report: `model`, `source` and numbers by the names of its scores
+            and groups ("value" is the first score), maybe in mappings of their own.
+        together: How many consecutive cases, such as all samples of a prompt, `score` must see in one call: every slice
+            is a multiple of it. An instance may set it, to `len(cases())` if need be.
+        score_batch_size: Samples in a slice; None takes 16 images or 1 video.
+        reads_files: Whether `score` is given the paths of files instead of pixels: for videos whose frame rate counts,
+            or that are too large as floats. A file that cannot be read is then a row's reason.
     """
 
     name: ClassVar[str]
     version: ClassVar[str]
     is_video: ClassVar[bool] = False
+    reference: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    together: int = 1
+    score_batch_size: int | None = None
+    reads_files: bool = False
 
     @abstractmethod
     def cases(self) -> list[Case]:
@@ -245,6 +260,25 @@ class Benchmark(ABC):
     @abstractmethod
     def aggregate(self, rows: Sequence[Row]) -> Report:
         """The numbers, from nothing but the rows; missing cases are counted, never skipped silently."""
+
+    def find_media(self, folder: Path) -> dict[str, Path]:
+        """Pictures or videos made elsewhere, by the ids of the cases they belong to.
+
+        A folder with an `index.jsonl`, as `diffalign sample` writes it, is read by prompt and seed; of any other one
+        the files count whose path without its ending is a case's id, "/" in the id being a folder or "-". A benchmark
+        with a layout of its own overrides this. Cases without a file are left out.
+        """
+        cases = self.cases()
+        index = folder / "index.jsonl"
+        if index.is_file():
+            listed = {
+                (row.get("prompt"), row.get("seed")): row.get("image", row.get("video")) for row in read_jsonl(index)
+            }
+            found = {case.id: listed.get((case.prompt, case.seed)) for case in cases}
+            return {key: folder / str(file) for key, file in found.items() if file}
+        files = {f.relative_to(folder).with_suffix("").as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+        named = {case.id: files.get(case.id) or files.get(case.id.replace("/", "-")) for case in cases}
+        return {key: file for key, file in named.items() if file is not None}
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def compare(
             can be paired.
     """
     sampling = _common_sampling(base_settings, aligned_settings)
-    pairs, missing = _pair(base, aligned, n_expected)
+    pairs, missing = pair_rows(base, aligned, n_expected)
     model = {"base": dict(base_settings.get("model", {})), "aligned": dict(aligned_settings.get("model", {}))}
     return _summarise(pairs, missing, sampling, model, benchmark, resamples, seed)
 
@@ -194,7 +194,7 @@ def pool(
     for name, run in runs.items():
         samplings[name] = _common_sampling(run.base_settings, run.aligned_settings)
         comparisons[name] = run.compare(benchmark=benchmark, resamples=resamples, seed=seed)
-        found, absent = _pair(run.base, run.aligned, run.n_expected)
+        found, absent = pair_rows(run.base, run.aligned, run.n_expected)
         pairs += found
         missing += absent
     common = [{k: v for k, v in s.items() if k not in SEED_SETTINGS} for s in samplings.values()]
@@ -239,8 +239,12 @@ def _refuse_different(one: Mapping[str, Any], other: Mapping[str, Any], name: st
         )
 
 
-def _pair(base: Sequence[Row], aligned: Sequence[Row], n_expected: int | None) -> tuple[list[Pair], int]:
-    """The pairs in the order of `base`, and how many are missing."""
+def pair_rows(base: Sequence[Row], aligned: Sequence[Row], n_expected: int | None) -> tuple[list[Pair], int]:
+    """The pairs in the order of `base`, and how many are missing.
+
+    Raises:
+        ValueError: If the seeds of a prompt differ, nothing can be paired, or there are more pairs than expected.
+    """
     ours, theirs = unique_rows(base), unique_rows(aligned)
     seeds: dict[str, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
     for side, rows in enumerate((ours, theirs)):

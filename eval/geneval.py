@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.eval.base import Benchmark, Case, Report, Row, Score, unique_rows
-from diffalign.eval.geneval_files import FITTING, JOINT
+from diffalign.eval.geneval_files import FITTING, JOINT, read_folder
 from diffalign.eval.geneval_table import PUBLISHED
 from diffalign.eval.statistics import (
     RESAMPLES,
@@ -167,6 +167,10 @@ class GenEval(Benchmark):
                 "benchmark's own prompts"
             )
         return self._by_prompt[case.prompt]
+
+    def find_media(self, folder: Path) -> dict[str, Path]:
+        """The pictures of a folder of the original tool by case; see `geneval_files.read_folder`."""
+        return {f"{sample.number:05d}-{sample.sample:02d}": sample.path for sample in read_folder(folder)}
 
     def aggregate(self, rows: Sequence[Row]) -> Report:
         """The overall score and those of the tasks, from the stored verdicts alone.

@@ -7,7 +7,10 @@ An interval that the data cannot give (fewer than two clusters) is None, never a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -229,6 +232,66 @@ def prompts_needed(effect: float, confidence: float = 0.95, power: float = 0.8) 
         raise ValueError(f"the effect must lie in (0, 0.5], got {effect}")
     z = _z(confidence) + float(special.ndtri(_check_confidence(power)))
     return math.ceil(z * z / (4 * effect * effect))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a judge agrees with itself, or with another, on the same items.
+
+    Attributes:
+        share: Share of equal verdicts, in [0, 1].
+        ci95: Its Wilson interval.
+        kappa: Cohen's kappa, agreement beyond what equal shares of verdicts give by chance: 1 is perfect, 0 is chance.
+            None where both gave one and the same verdict throughout, which leaves nothing to agree about.
+        n: Items with both verdicts.
+        n_missing: Items that lack one.
+    """
+
+    share: float
+    ci95: Interval
+    kappa: float | None
+    n: int
+    n_missing: int
+
+
+def agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> Agreement:
+    """Agreement of two series of verdicts: the noise of a judge that was asked twice.
+
+    Kappa is that of Cohen 1960, "A Coefficient of Agreement for Nominal Scales".
+
+    Args:
+        first: Verdicts, N labels; None where there is none.
+        second: Verdicts on the same items in the same order.
+
+    Raises:
+        ValueError: If the lengths differ, or no item has both verdicts.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"expected two verdicts on each item, got {len(first)} and {len(second)}")
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    if not both:
+        raise ValueError(f"none of {len(first)} items has two verdicts; repeat some of them first")
+    n = len(both)
+    share = sum(a == b for a, b in both) / n
+    ones, others = Counter(a for a, _ in both), Counter(b for _, b in both)
+    chance = sum(count * others[label] for label, count in ones.items()) / n**2
+    kappa = None if chance == 1 else (share - chance) / (1 - chance)
+    return Agreement(share, wilson_interval(share, n), kappa, n, len(first) - n)
+
+
+def repeated_subset(ids: Sequence[str], share: float = 0.1, seed: int = 0) -> list[str]:
+    """Items to judge twice, in their order: the ones whose hash with the seed is smallest, and at least one.
+
+    Whether an item is among them hardly depends on the others, so that a longer list mostly keeps the choice.
+
+    Raises:
+        ValueError: If `share` does not lie in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share to repeat must lie in (0, 1], got {share}")
+    by_hash = sorted(ids, key=lambda name: hashlib.blake2b(json.dumps([seed, name]).encode()).digest())
+    chosen = set(by_hash[: math.ceil(share * len(ids))])
+    return [name for name in ids if name in chosen]
 
 
 def spread(values: ArrayLike) -> dict[str, float | None]:

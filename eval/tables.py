@@ -1,10 +1,11 @@
-"""Comparisons as text: numbers with their units, a verdict in one sentence, and plain tables for a terminal."""
+"""Comparisons and reports as text: numbers with their units, a verdict in one sentence, plain tables for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from diffalign.eval.base import Score
+from diffalign.eval.base import Report, Score
 from diffalign.eval.compare import Comparison, Pool
 
 MISSING = "-"
@@ -148,6 +149,110 @@ def render_pool(pool: Pool, scorer: str | None = None) -> str:
             row["judge score, points"] = _points(judge)
         rows.append(row | {"pairs": str(comparison.n_expected - comparison.n_missing)})
     return _table(rows) + "\n\n" + render_table(pool.pooled, scorer)
+
+
+def render_reports(reports: Mapping[str, Report]) -> str:
+    """What a benchmark says of one or more models, and beside it what others published.
+
+    Models whose benchmark, protocol or sampling differ are shown one below the other: their numbers are not the same
+    quantity.
+
+    Args:
+        reports: Reports of one benchmark, by the names of the models.
+    """
+    alike: dict[str, dict[str, Report]] = {}
+    for name, report in reports.items():
+        alike.setdefault(report.protocol_hash, {})[name] = report
+    blocks = []
+    for group in alike.values():
+        blocks += [*map(_headline, group, group.values()), _table(score_rows(group))]
+        warnings = [f"warning: {name}: {text}" for name, report in group.items() for text in report.warnings]
+        blocks.append("\n".join(warnings))
+    if len(alike) > 1:
+        blocks.append("warning: these tables have different protocols; their numbers cannot be compared")
+    published = published_rows(reports)
+    if published:
+        blocks.append("published by others, with judges and settings of their own:\n\n" + _table(published))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def score_rows(reports: Mapping[str, Report], force: bool = False) -> list[dict[str, str]]:
+    """One row of texts per score and group, a column per model; a score that misses samples is marked as partial.
+
+    Args:
+        reports: Reports of one benchmark, by the names of the models.
+        force: Put them side by side even if their protocols differ.
+
+    Raises:
+        ValueError: If their protocol hashes differ.
+    """
+    if len({report.protocol_hash for report in reports.values()}) > 1 and not force:
+        found = ", ".join(f"{report.protocol_hash} for {name}" for name, report in reports.items())
+        raise ValueError(
+            f"reports of different protocols cannot share a table ({found}): benchmark, judge, settings and sampling "
+            "must agree; evaluate the models alike, or show a table each"
+        )
+    columns = {name: _flat(report) for name, report in reports.items()}
+    names = dict.fromkeys(score for scores in columns.values() for score in scores)
+    return [{"score": name} | {model: _cell(scores.get(name)) for model, scores in columns.items()} for name in names]
+
+
+def published_rows(reports: Mapping[str, Report]) -> list[dict[str, str]]:
+    """The models among the published ones, best first; empty if nothing is published.
+
+    Args:
+        reports: Reports of one benchmark, by the names of the models.
+    """
+    first = next(iter(reports.values()), None)
+    if first is None or not first.reference or not first.scores:
+        return []
+    main = next(iter(first.scores))
+    rows: list[tuple[str, Mapping[str, float], str]] = []
+    for name, report in reports.items():
+        firsts = {group: next(iter(inside.values())) for group, inside in report.groups.items() if inside}
+        own = {key: s.value for key, s in (firsts | _flat(report)).items() if s.value is not None}
+        rows.append((f"> {name}", own, "this run" + " PARTIAL" * report.partial))
+    rows += [(str(row.get("model")), _numbers(row, main), str(row.get("source", MISSING))) for row in first.reference]
+    names = list(dict.fromkeys(key for _, values, _ in rows[len(reports) :] for key in values))
+    sign = 1 if first.scores[main].higher_is_better else -1
+    rows.sort(key=lambda row: -sign * row[1][names[0]] if names and names[0] in row[1] else float("inf"))
+    return [
+        {"model": model, **{name: number(values.get(name)) for name in names}, "source": source}
+        for model, values, source in rows
+    ]
+
+
+def _headline(name: str, report: Report) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in report.sampling.items() if _is_short(value))
+    counted = f"{report.n_expected - report.n_missing} of {report.n_expected}" + " PARTIAL" * report.partial
+    return f"{report.benchmark} version {report.benchmark_version}, {name}: {counted} ({settings})"
+
+
+def _flat(report: Report) -> dict[str, Score]:
+    """Scores, then groups by their own names; "group/score" where a group has several, or a score's name."""
+    scores = dict(report.scores)
+    for group, inside in report.groups.items():
+        alone = len(inside) == 1 and group not in report.scores
+        scores |= {group if alone else f"{group}/{name}": score for name, score in inside.items()}
+    return scores
+
+
+def _numbers(row: Mapping[str, Any], main: str) -> dict[str, float]:
+    """The numbers of a published row, those in mappings too; "value" is the main score."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, main)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[main if key == "value" else key] = float(value)
+    return found
+
+
+def _cell(score: Score | None) -> str:
+    if score is None or (score.value is None and not score.n_missing):
+        return MISSING
+    text = f"{number(score.value)} {interval(score, shares=False)}".strip()
+    return f"PARTIAL {text}, {score.n_missing} missing" if score.n_missing else f"{text} of {score.n}"
 
 
 def _is_short(value: object) -> bool:

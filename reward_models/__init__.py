@@ -10,7 +10,7 @@ import difflib
 import importlib
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from diffalign import plugins
 from diffalign.reward_models.formulas import read_name
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from diffalign.reward_models.clips import FrameByFrame
     from diffalign.reward_models.clipscore import CLIPScore
     from diffalign.reward_models.composition import Part, Weighted
+    from diffalign.reward_models.dynamic_degree import DynamicDegree
+    from diffalign.reward_models.flow_smoothness import FlowSmoothness
     from diffalign.reward_models.geneval import GenEval
     from diffalign.reward_models.grouped import Grouped
     from diffalign.reward_models.hpsv2 import HPSv2
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from diffalign.reward_models.ocr import TextAccuracy
     from diffalign.reward_models.pal import PAL
     from diffalign.reward_models.pickscore import PickScore
+    from diffalign.reward_models.pool import RewardPool
     from diffalign.reward_models.remote import RemoteReward
     from diffalign.reward_models.scoring import ScoreSummary, score_index
     from diffalign.reward_models.shapes import ShapesScore
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLIPScore",
+    "DynamicDegree",
+    "FlowSmoothness",
     "FrameByFrame",
     "GenEval",
     "Grouped",
@@ -74,6 +79,7 @@ __all__ = [
     "RewardInfo",
     "RewardModel",
     "RewardOutput",
+    "RewardPool",
     "ScoreSummary",
     "ShapesJudge",
     "ShapesScore",
@@ -101,6 +107,8 @@ __all__ = [
 
 _HOMES = {
     "CLIPScore": "clipscore",
+    "DynamicDegree": "dynamic_degree",
+    "FlowSmoothness": "flow_smoothness",
     "GenEval": "geneval",
     "Grouped": "grouped",
     "FrameByFrame": "clips",
@@ -122,6 +130,7 @@ _HOMES = {
     "PAL": "pal",
     "PickScore": "pickscore",
     "RemoteReward": "remote",
+    "RewardPool": "pool",
     "ShapesJudge": "shapes_judge",
     "ShapesScore": "shapes",
     "ShapesVideoJudge": "shapes_video_judge",
@@ -144,6 +153,7 @@ _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hpsv2.1": ("hpsv2", {"version": "2.1"}),
     "clipscore-torchmetrics": ("clipscore", {"variant": "torchmetrics"}),
     "clipscore-logit": ("clipscore", {"variant": "logit"}),
+    "dynamic_degree-margin": ("dynamic_degree", {"score": "margin"}),
     "imagereward": ("image_reward", {}),
     "geneval-official": ("geneval", {"score": "official"}),
     "geneval-strict": ("geneval", {"score": "strict"}),
@@ -184,6 +194,19 @@ _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Names of versions and variants, the same as in `info.name`."""
 
+_NO_HPSV3_PLUS_PLUS = (
+    "its authors state no licence, and what its instruction must say byte for byte is not published in full; use hpsv3"
+)
+_LEFT_OUT = {
+    "hpsv3++": _NO_HPSV3_PLUS_PLUS,
+    "hpsv3plusplus": _NO_HPSV3_PLUS_PLUS,
+    "aesthetic_v2.5": "its weights and code are under the AGPL-3.0, which this project cannot pass on; use "
+    "laion_aesthetic",
+    "video_score-qwen2_vl": "which tokens its head is read at, and its instruction, are not confirmed; use "
+    "video_score-1.1",
+}
+"""Models that people may look for, and why they are not here."""
+
 
 def load_reward_model(name: str, *, path: str | Path | None = None, **options: Any) -> RewardModel:
     """The reward model called `name`, with its weights.
@@ -203,9 +226,8 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
     for option, value in fixed.items():
         if options.get(option, value) != value:
             raise ValueError(f"{name!r} means {option}={value!r}, but {option}={options[option]!r} was passed as well")
-    parameters = inspect.signature(model_class).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        known = sorted(set(parameters) - {"path_or_id"})
+    known = _options(model_class)
+    if known is not None:
         for option in options:
             if option not in known:
                 near = difflib.get_close_matches(option, known, n=1)
@@ -215,6 +237,20 @@ def load_reward_model(name: str, *, path: str | Path | None = None, **options: A
                 )
     model: RewardModel = model_class.from_pretrained(path, **{**options, **fixed})
     return model
+
+
+def _options(model_class: type[RewardModel]) -> list[str] | None:
+    """Names of the constructor's options; None if it takes any."""
+    known = set()
+    for name, parameter in inspect.signature(model_class).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            known.add(name)
+            continue
+        if "Unpack[" not in str(parameter.annotation):
+            return None
+        (shared,) = get_args(get_type_hints(model_class.__init__)[name])
+        known |= set(shared.__annotations__)
+    return sorted(known - {"path_or_id"})
 
 
 def reward_model_class(name: str) -> type[RewardModel]:
@@ -227,16 +263,13 @@ def reward_model_class(name: str) -> type[RewardModel]:
 
 
 def reward_model_info(name: str) -> RewardInfo:
-    """What is known about the reward model called `name` without its weights; of versions, about the default one.
+    """What is known about the reward model called `name`, a version, a variant or a formula, without its weights.
 
     Raises:
         ValueError: If there is no such model; the message suggests the nearest.
     """
     model_class, fixed = _find(name)
-    # A formula's class says what comes of its parts.
-    described: Any = model_class
-    info: RewardInfo = described.describe(**fixed) if "of" in fixed else model_class.info
-    return info
+    return model_class.describe(**fixed)
 
 
 def reward_model_names() -> dict[str, list[str]]:
@@ -249,6 +282,8 @@ def reward_model_names() -> dict[str, list[str]]:
 
 def _find(name: str) -> tuple[type[RewardModel], dict[str, Any]]:
     """The class of a reward model, and the options that its name stands for."""
+    if name.lower() in _LEFT_OUT:
+        raise ValueError(f"reward model {name!r} is not included: {_LEFT_OUT[name.lower()]}")
     # Some variants have a plus sign in their names: they are looked for before formulas.
     plain, inside = (name, {}) if name.lower() in _ALIASES else read_name(name)
     key = plain if ":" in plain else plain.lower()

@@ -189,6 +189,14 @@ class RewardModel(nn.Module, ABC):
         """
         return cls(path_or_id, device=device, dtype=dtype, local_files_only=local_files_only, **options)
 
+    @classmethod
+    def describe(cls, *args: Any, **options: Any) -> RewardInfo:
+        """What is known about the version or variant that these options of the constructor make, without its weights.
+
+        Classes with versions name the options that matter; the others have one `info`.
+        """
+        return cls.info
+
     @abstractmethod
     def preprocess(self, item: Media) -> Any:
         """What the network reads for one medium. The only place that touches pixels on the way of `score`.

@@ -94,7 +94,7 @@ def read_tensors(info: RewardInfo, path: Path, inside: str | None = None) -> dic
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
         raise WeightsError(
             f"cannot read {str(path)!r} as weights of {info.name}: {one_line(error)}; {expected(info)}"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
@@ -70,13 +70,27 @@ class CLIPScore(DualEncoder):
         Raises:
             ValueError: If the variant is unknown.
         """
-        if variant not in ("hessel", "torchmetrics", "logit"):
-            raise ValueError(f"unknown CLIPScore variant {variant!r} (available: hessel, torchmetrics, logit)")
-        self.info = _info(variant)
+        self.info = self.describe(variant)
         towers = load_hf_towers(self.info, path_or_id, None, local_files_only)
         super().__init__(towers, device, dtype)
         self.variant: Variant = variant
         self.crop = CropPreprocessing(towers.image_size, origin="round" if variant == "hessel" else "floor")
+
+    @classmethod
+    def describe(cls, variant: Variant = "hessel") -> RewardInfo:
+        """See `RewardModel`."""
+        if variant not in get_args(Variant):
+            raise ValueError(f"unknown CLIPScore variant {variant!r} (available: {', '.join(get_args(Variant))})")
+        if variant == "hessel":
+            return CLIPScore.info
+        return replace(
+            CLIPScore.info,
+            name=f"clipscore-{variant}",
+            weights=(WeightSpec("openai/clip-vit-large-patch14", "model.safetensors"),),
+            nominal_range=(15.0, 40.0),
+            tau=1.0,
+            min_vram_gb=2.0,
+        )
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
         """See `DualEncoder`."""
@@ -95,16 +109,3 @@ class CLIPScore(DualEncoder):
         if self.variant == "hessel":
             return WEIGHT * cosine.clamp(min=0)
         return (100.0 if self.variant == "torchmetrics" else self.towers.scale) * cosine
-
-
-def _info(variant: Variant) -> RewardInfo:
-    if variant == "hessel":
-        return CLIPScore.info
-    return replace(
-        CLIPScore.info,
-        name=f"clipscore-{variant}",
-        weights=(WeightSpec("openai/clip-vit-large-patch14", "model.safetensors"),),
-        nominal_range=(15.0, 40.0),
-        tau=1.0,
-        min_vram_gb=2.0,
-    )

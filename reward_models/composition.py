@@ -139,8 +139,10 @@ class Weighted(RewardModel):
         self.train(False)
 
     @classmethod
-    def describe(cls, of: str) -> RewardInfo:
-        """The `info` of a formula, without loading anything."""
+    def describe(cls, of: str = "") -> RewardInfo:
+        """The `info` of a formula, without loading anything; without one, what all sums have in common."""
+        if not of:
+            return cls.info
         parts = read_parts(of, cls.info.name)
         return cls.combine(parts, [_info(part) for part in parts])
 

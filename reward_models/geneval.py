@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from PIL import Image, ImageOps
@@ -120,15 +120,11 @@ class GenEval(RewardModel):
             WeightsError: If weights or a published file are missing, damaged or of another kind.
         """
         super().__init__()
-        if score not in ("dense", "strict", "official"):
-            raise ValueError(f"unknown score {score!r} of geneval (available: dense, strict, official)")
+        self.info = self.describe(score)
         if dtype not in ("auto", torch.float32):
             raise ValueError(f"geneval's thresholds were set on float32 scores, got dtype {dtype}; leave dtype out")
         if detector is not None and path_or_id is not None:
             raise ValueError(f"pass either a detector or a path to the published kind, got both ({str(path_or_id)!r})")
-        if score != "dense":
-            rest = tuple(name for name in GenEval.info.dims if name != score)
-            self.info = replace(GenEval.info, name=f"geneval-{score}", dims=(*rest, score))
         self.names = read_names(data, local_files_only)
         rows = read_metadata(METADATA if metadata is None else metadata, self.names, data, local_files_only)
         self.wanted = by_prompt(rows)
@@ -138,6 +134,16 @@ class GenEval(RewardModel):
             path_or_id, device=device, local_files_only=local_files_only
         )
         self.colors = ColorNamer(clip, background=background, device=device, local_files_only=local_files_only)
+
+    @classmethod
+    def describe(cls, score: Kind = "dense") -> RewardInfo:
+        """See `RewardModel`."""
+        if score not in get_args(Kind):
+            raise ValueError(f"unknown score {score!r} of geneval (available: {', '.join(get_args(Kind))})")
+        if score == "dense":
+            return GenEval.info
+        rest = tuple(name for name in GenEval.info.dims if name != score)
+        return replace(GenEval.info, name=f"geneval-{score}", dims=(*rest, score))
 
     def preprocess(self, item: Media) -> Image.Image:
         """See `RewardModel`: the picture in 8-bit RGB, turned as its EXIF data say, as the original does."""

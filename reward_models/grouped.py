@@ -66,9 +66,9 @@ class Grouped(Weighted):
         self.info = _grouped_info(self.info, normalise)
 
     @classmethod
-    def describe(cls, of: str, normalise: Normalise = "zscore") -> RewardInfo:
+    def describe(cls, of: str = "", normalise: Normalise = "zscore") -> RewardInfo:
         """See `Weighted`."""
-        return _grouped_info(super().describe(of), normalise)
+        return _grouped_info(super().describe(of), normalise) if of else cls.info
 
     @torch.no_grad()
     def score(

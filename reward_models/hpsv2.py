@@ -80,11 +80,7 @@ class HPSv2(DualEncoder):
             ValueError: If the version is unknown, or the file's name is that of the other version.
             WeightsError: If the checkpoint is missing, damaged, holds more than tensors, or is of another model.
         """
-        if version not in _FILES:
-            raise ValueError(f"unknown HPSv2 version {version!r} (available: {', '.join(map(repr, _FILES))})")
-        self.info = replace(
-            HPSv2.info, name=f"hpsv{version}", weights=(_FILES[version],), nominal_range=_RANGES[version]
-        )
+        self.info = self.describe(version)
         path = find_file(self.info, path_or_id, local_files_only=local_files_only)
         for other, file in _FILES.items():
             if other != version and path.name == file.filename:
@@ -93,6 +89,13 @@ class HPSv2(DualEncoder):
         load_complete(self.info, model, read_tensors(self.info, path, "state_dict"), path)
         super().__init__(OpenCLIPTowers(model), device, dtype)
         self.antialias = antialias
+
+    @classmethod
+    def describe(cls, version: Version = "2.1") -> RewardInfo:
+        """See `RewardModel`."""
+        if version not in _FILES:
+            raise ValueError(f"unknown HPSv2 version {version!r} (available: {', '.join(map(repr, _FILES))})")
+        return replace(HPSv2.info, name=f"hpsv{version}", weights=(_FILES[version],), nominal_range=_RANGES[version])
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
         """See `DualEncoder`."""

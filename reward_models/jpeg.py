@@ -67,14 +67,19 @@ class JPEGSize(RewardModel):
         super().__init__()
         if path_or_id is not None:
             raise ValueError(f"jpeg has no weights, but path {str(path_or_id)!r} was passed; leave it out")
-        if goal not in get_args(Goal):
-            raise ValueError(f"unknown goal {goal!r} of jpeg (available: {', '.join(map(repr, get_args(Goal)))})")
+        self.info = self.describe(goal)
         if not 1 <= quality <= 100:
             raise ValueError(f"quality must be from 1 to 100, got {quality}")
         if not unit > 0:
             raise ValueError(f"unit must be positive, got {unit}")
-        self.info = replace(JPEGSize.info, name=f"jpeg_{goal}")
         self.goal, self.quality, self.unit = goal, quality, float(unit)
+
+    @classmethod
+    def describe(cls, goal: Goal = "compressibility") -> RewardInfo:
+        """See `RewardModel`."""
+        if goal not in get_args(Goal):
+            raise ValueError(f"unknown goal {goal!r} of jpeg (available: {', '.join(map(repr, get_args(Goal)))})")
+        return replace(JPEGSize.info, name=f"jpeg_{goal}")
 
     def preprocess(self, item: Media) -> Image.Image:
         """See `RewardModel`: the picture in 8-bit RGB."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from diffalign.reward_models.local_vlm import LocalVLM
 from diffalign.reward_models.media import Media, read_clip, to_rgb
 from diffalign.reward_models.weights import expected
 
-__all__ = ["Judge", "find_answerer"]
+__all__ = ["Asked", "Judge", "find_answerer", "loading", "somebody_is_asked"]
 
 
 class Judge(RewardModel):
@@ -56,23 +56,10 @@ class Judge(RewardModel):
         return torch.device("cpu") if first is None else first.device
 
 
-def find_answerer(
-    info: RewardInfo,
-    path_or_id: str | Path | None,
-    *,
-    answerer: Answerer | None = None,
-    server: str | None = None,
-    served_model: str | None = None,
-    server_options: Mapping[str, Any] | None = None,
-    device: str | torch.device = "auto",
-    dtype: torch.dtype | Literal["auto"] = "auto",
-    local_files_only: bool | None = None,
-) -> Answerer:
-    """Who answers: a given one, a server, or a model in this process.
+class Asked(TypedDict, total=False):
+    """Arguments that the judges' constructors share: who answers, and where a model in this process runs.
 
-    Args:
-        info: For which reward model.
-        path_or_id: Folder or Hub id of a chat VLM of transformers.
+    Attributes:
         answerer: One that is there already.
         server: Address of an OpenAI-compatible server, such as http://localhost:8000/v1.
         served_model: Name of the model there.
@@ -80,23 +67,57 @@ def find_answerer(
         device: For a model in this process, as in `RewardModel.from_pretrained`.
         dtype: As `device`.
         local_files_only: As `device`.
+    """
+
+    answerer: Answerer | None
+    server: str | None
+    served_model: str | None
+    server_options: Mapping[str, Any] | None
+    device: str | torch.device
+    dtype: torch.dtype | Literal["auto"]
+    local_files_only: bool | None
+
+
+def somebody_is_asked(asked: Asked) -> bool:
+    """Whether an answerer or a server is named, so that no weights of our own are looked for."""
+    return asked.get("answerer") is not None or asked.get("server") is not None
+
+
+def loading(asked: Asked) -> dict[str, Any]:
+    """Of these arguments, those of any reward model: device, dtype and local_files_only."""
+    return {
+        "device": asked.get("device", "auto"),
+        "dtype": asked.get("dtype", "auto"),
+        "local_files_only": asked.get("local_files_only"),
+    }
+
+
+def find_answerer(info: RewardInfo, path_or_id: str | Path | None, asked: Asked) -> Answerer:
+    """Who answers: a given one, a server, or a model in this process.
+
+    Args:
+        info: For which reward model.
+        path_or_id: Folder or Hub id of a chat VLM of transformers.
+        asked: The shared arguments of the judge.
 
     Raises:
         ValueError: If there is not exactly one of the three, or an option that belongs to another.
         WeightsError: If there is none, or its weights cannot be loaded.
     """
+    answerer, server, served_model = (asked.get("answerer"), asked.get("server"), asked.get("served_model"))
+    options = asked.get("server_options")
     given = [what for what in (answerer, server, path_or_id) if what is not None]
     if len(given) > 1:
         raise ValueError(f"{info.name} needs one of path_or_id, answerer and server, got {len(given)} of them")
-    if (served_model is None) != (server is None) or (server_options and server is None):
+    if (served_model is None) != (server is None) or (options and server is None):
         raise ValueError(f"{info.name}: server and served_model go together, and server_options with them")
     if answerer is not None:
         return answerer
     if server is not None and served_model is not None:
-        return ChatServer(server, served_model, **(server_options or {}))
+        return ChatServer(server, served_model, **(options or {}))
     if path_or_id is None:
         raise WeightsError(
             f"{info.name} needs a vision-language model to ask: pass a folder or Hub id of a chat VLM of transformers, "
             f"or server and served_model; {expected(info)}"
         )
-    return LocalVLM(info, path_or_id, device=device, dtype=dtype, local_files_only=local_files_only)
+    return LocalVLM(info, path_or_id, **loading(asked))

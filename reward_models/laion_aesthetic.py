@@ -79,11 +79,7 @@ class LaionAesthetic(ImageScorer):
             ValueError: If the variant is unknown.
             WeightsError: If head or CLIP are missing, damaged, or do not belong together.
         """
-        if variant not in _HEADS:
-            raise ValueError(f"unknown aesthetic head {variant!r} (available: {', '.join(_HEADS)})")
-        if variant != "sac+logos+ava1":
-            name = f"laion_aesthetic-{variant}"
-            self.info = replace(LaionAesthetic.info, name=name, weights=(_CLIP, _HEADS[variant]))
+        self.info = self.describe(variant)
         path = find_file(self.info, path_or_id, _HEADS[variant], local_files_only)
         state = read_tensors(self.info, path)
         model = load_clip(self.info, clip or folder_with(path_or_id, ("config.json",)), local_files_only)
@@ -100,6 +96,16 @@ class LaionAesthetic(ImageScorer):
         wide = torch.promote_types(self.dtype, torch.float32)
         self.head = head.to(self.device, wide).requires_grad_(False).eval()
         self.crop = CropPreprocessing(int(model.config.vision_config.image_size), origin="round")
+
+    @classmethod
+    def describe(cls, variant: Variant = "sac+logos+ava1") -> RewardInfo:
+        """See `RewardModel`."""
+        if variant not in _HEADS:
+            raise ValueError(f"unknown aesthetic head {variant!r} (available: {', '.join(_HEADS)})")
+        if variant == "sac+logos+ava1":
+            return LaionAesthetic.info
+        name = f"laion_aesthetic-{variant}"
+        return replace(LaionAesthetic.info, name=name, weights=(_CLIP, _HEADS[variant]))
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
         """See `ImageScorer`."""

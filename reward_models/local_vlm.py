@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,19 @@ from diffalign.reward_models.weights import expected, locate, one_line
 
 __all__ = ["LocalVLM"]
 
+_VISION = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask")
+"""What a processor gives beside values per token; with anything else, pictures are looked at for each question."""
+
 
 class LocalVLM(nn.Module):
     """An `Answerer`: a chat VLM of transformers (Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, Gemma, InternVL ...).
 
     Decoding is greedy; the other settings of the model's generation config (a repetition penalty, end tokens) stay as
     published. Questions are answered one by one, so that no answer depends on padding or on its neighbours.
+
+    Questions that follow each other about the same pictures, as those of a checklist do, share the part that their
+    prompts have in common: the pictures pass the model once, and its keys and values are kept for all of them. Answers
+    are the same but for rounding.
     """
 
     def __init__(
@@ -83,9 +91,31 @@ class LocalVLM(nn.Module):
     @torch.no_grad()
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """See `Answerer`."""
-        return [self._answer(question) for question in questions]
+        answers: list[Answer] = []
+        for _, group in groupby(questions, key=lambda question: [id(image) for image in question.images]):
+            answers += self._answer_about_the_same(list(group))
+        return answers
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer_about_the_same(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers to questions about the same pictures, which pass the model once where that can be."""
+        first = self._read(questions[0])
+        image_token = getattr(self.model.config, "image_token_id", None)
+        ids = first["input_ids"]
+        words = [name for name, value in first.items() if isinstance(value, Tensor) and value.shape == ids.shape]
+        if len(questions) > 1 and image_token is not None and set(first) <= {*words, *_VISION}:
+            texts = [{name: value for name, value in self._read(q).items() if name in words} for q in questions]
+            shared = _common([text["input_ids"][0].tolist() for text in texts])
+            # All pictures stand in the shared part; otherwise the template puts text before them.
+            if not (ids[0, shared:] == image_token).any():
+                start = {name: value[:, :shared] if name in words else value for name, value in first.items()}
+                cache = self.model.base_model(**start, use_cache=True).past_key_values
+                pairs = zip(questions, texts, strict=True)
+                return [self._answer(q, {**text, "past_key_values": copy.deepcopy(cache)}) for q, text in pairs]
+        rest = [self._answer(question, self._read(question)) for question in questions[1:]]
+        return [self._answer(questions[0], first), *rest]
+
+    def _read(self, question: Question) -> dict[str, Any]:
+        """What the processor makes of pictures and text, on the model's device."""
         content = [*({"type": "image", "image": image} for image in question.images)]
         content.append({"type": "text", "text": question.text})
         inputs = self.processor.apply_chat_template(
@@ -93,6 +123,10 @@ class LocalVLM(nn.Module):
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             **self.chat_template_options,
         ).to(self.model.device, self.model.dtype)  # fmt: skip
+        return dict(inputs)
+
+    def _answer(self, question: Question, inputs: Mapping[str, Any]) -> Answer:
+        """The answer to a question as the processor read it; with `past_key_values`, whose tokens are not run again."""
         greedy = copy.deepcopy(self.model.generation_config)
         greedy.update(
             do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None,
@@ -131,6 +165,12 @@ class _Finite(transformers.LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.finite = self.finite and not bool(scores.isnan().any() or (scores == torch.inf).any())
         return scores
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, at least one of each left out: it gives the first logits of the answer."""
+    longest = min(map(len, rows)) - 1
+    return next((i for i in range(longest) if len({row[i] for row in rows}) > 1), longest)
 
 
 def _check_complete(model: Any, report: Mapping[str, Any]) -> None:

@@ -116,10 +116,7 @@ class MPS(ImageScorer):
         self.conditions = _words(conditions)
         if mask_maximum not in ("sample", "batch"):
             raise ValueError(f"mask_maximum must be 'sample' or 'batch', got {mask_maximum!r}")
-        names = tuple(self.conditions)
-        self.info = MPS.info
-        if names != MPS.info.dims:
-            self.info = replace(MPS.info, name=f"mps-{names[-1]}", dims=names)
+        self.info = self.describe(self.conditions)
         path = _find(self.info, path_or_id, local_files_only)
         if path.name == _OFFICIAL.filename and not allow_pickle:
             raise WeightsError(
@@ -136,6 +133,12 @@ class MPS(ImageScorer):
         self.mask_threshold, self.mask_maximum = mask_threshold, mask_maximum
         self.crop = CropPreprocessing(towers.image_size)
         self.text_cache: TextCache[list[_Text]] = TextCache(128)
+
+    @classmethod
+    def describe(cls, conditions: Sequence[str] | Mapping[str, str] = tuple(CONDITIONS)) -> RewardInfo:
+        """See `RewardModel`."""
+        names = tuple(_words(conditions))
+        return MPS.info if names == MPS.info.dims else replace(MPS.info, name=f"mps-{names[-1]}", dims=names)
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
         """See `ImageScorer`."""

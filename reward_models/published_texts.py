@@ -7,6 +7,7 @@ and checked by their SHA-256 either way. The package contains none of them.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import urllib.request
 from collections.abc import Iterator
@@ -37,12 +38,15 @@ class PublishedText:
         sha256: Of its bytes, in hexadecimal digits.
         literal: Whether the home is a Python file in which the text is one string, or a sum of strings; it is parsed,
             never run, and the checksum says which string it is.
+        as_json: Whether the checksum is of the content of a JSON file, as `json.dumps` writes it with sorted keys,
+            instead of its bytes: for lists of which copies with other line breaks are about.
     """
 
     filename: str
     url: str
     sha256: str
     literal: bool = False
+    as_json: bool = False
 
 
 def cache_folder() -> Path:
@@ -87,7 +91,13 @@ def read_text(text: PublishedText, folder: str | Path | None = None, local_files
 
 
 def _checked(content: bytes, text: PublishedText, where: str) -> str:
-    found = sha256(content).hexdigest()
+    hashed = content
+    if text.as_json:
+        try:
+            hashed = json.dumps(json.loads(content), sort_keys=True).encode()
+        except ValueError as error:
+            raise WeightsError(f"{where} is not the published {text.filename!r}: it is no JSON ({error})") from error
+    found = sha256(hashed).hexdigest()
     if found != text.sha256:
         raise WeightsError(
             f"{where} is not the published {text.filename!r}: its SHA-256 is {found[:16]}..., expected "

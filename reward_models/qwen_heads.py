@@ -24,7 +24,7 @@ from diffalign.reward_models.checkpoints import load_complete
 from diffalign.reward_models.clip_towers import CLIP_MEAN, CLIP_STD, normalise
 from diffalign.reward_models.media import InvalidMediaError
 from diffalign.reward_models.published_texts import PublishedText, read_text
-from diffalign.reward_models.weights import folder_with, locate, one_line
+from diffalign.reward_models.weights import folder_with, read_tokenizer
 
 __all__ = [
     "MarkedText",
@@ -322,17 +322,9 @@ def load_tokenizer(
     Raises:
         WeightsError: If it cannot be loaded or belongs to another model.
     """
-    source, local = locate(info, path_or_id if path_or_id is not None else default, local_files_only)
-    try:
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, local_files_only=local)
-        # Where the files are missing, transformers 5 may give back a tokenizer that knows no word.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise OSError("there is no vocabulary")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"cannot load the tokenizer of {info.name} from {source!r}: {one_line(error)}; expected tokenizer.json, or "
-            f"vocab.json and merges.txt, of Hub id {default!r}; without network, pass a local folder as tokenizer"
-        ) from error
+    files = f"tokenizer.json, or vocab.json and merges.txt, of Hub id {default!r}"
+    place = path_or_id if path_or_id is not None else default
+    source, tokenizer = read_tokenizer(info, Qwen2Tokenizer, place, files, local_files_only)
     tokenizer.add_tokens(list(added), special_tokens=True)
     known = tokenizer.get_added_vocab()
     ids = [known.get(token) for token in added]

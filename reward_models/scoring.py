@@ -84,7 +84,8 @@ def check_models(source: ScoreInput, infos: Iterable[RewardInfo]) -> None:
         if info.groupwise or info.pairwise_native:
             what = "the media of one prompt against each other" if info.groupwise else "pairs"
             raise ValueError(
-                f"{info.name} scores {what}, not media one by one; score what it is made of, or call it from Python"
+                f"{info.name} scores {what}, not media one by one, as rows are scored here; score what it is made of "
+                "and combine the columns with diffalign.reward_models.preferences, or call it from Python"
             )
     names = [info.name for info in infos if info.needs_prompt]
     if names and not source.has_prompts:
@@ -130,12 +131,6 @@ def score_index(
         raise ValueError(f"expected one or more models with different names, got {names}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for model in models:
-        if model.info.groupwise:
-            raise ValueError(
-                f"{model.info.name} compares all media of a prompt, and rows are scored batch by batch here; score its "
-                "parts, and combine their columns with diffalign.reward_models.preferences"
-            )
     check_suffix(out)
     source = index if isinstance(index, ScoreInput) else open_input(index)
     source.check_output(out)

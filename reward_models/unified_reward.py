@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.reward_models.answering import Answer, Answerer, Question
+from diffalign.reward_models.answering import Answer, Question
 from diffalign.reward_models.base import (
     OnInvalid,
     PairOutput,
@@ -21,7 +21,7 @@ from diffalign.reward_models.base import (
 )
 from diffalign.reward_models.judge_answers import UnreadableAnswerError
 from diffalign.reward_models.judge_tasks import TASKS, read_template
-from diffalign.reward_models.judging import Judge, find_answerer
+from diffalign.reward_models.judging import Asked, Judge, find_answerer, somebody_is_asked
 from diffalign.reward_models.media import InvalidMediaError, MediaBatch, as_list
 
 __all__ = ["UnifiedReward", "JudgedPairs"]
@@ -80,15 +80,9 @@ class UnifiedReward(Judge):
         *,
         task: str = "point_image",
         texts: str | Path | None = None,
-        answerer: Answerer | None = None,
-        server: str | None = None,
-        served_model: str | None = None,
-        server_options: Mapping[str, Any] | None = None,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype | Literal["auto"] = "auto",
-        local_files_only: bool | None = None,
+        **asked: Unpack[Asked],
     ):
-        """Reads the template and finds who answers; see `judging.find_answerer`.
+        """Reads the template and finds who answers.
 
         Args:
             path_or_id: Folder or Hub id of a chat VLM of transformers, if it answers in this process; None is the
@@ -96,36 +90,31 @@ class UnifiedReward(Judge):
             task: The form of judgement; the keys are named in the error for an unknown one.
             texts: Folder with `unifiedreward_templates.json`, or a checkout of the official repository, from whose
                 scripts the template is read (nothing is executed).
-            answerer: See `judging.find_answerer`.
-            server: See `judging.find_answerer`.
-            served_model: See `judging.find_answerer`.
-            server_options: See `judging.find_answerer`.
-            device: As in `from_pretrained`.
-            dtype: As in `from_pretrained`.
-            local_files_only: As in `from_pretrained`.
+            asked: Who answers, and where a model in this process runs; see `judging.Asked`.
 
         Raises:
             ValueError: If the task is unknown, or an option does not fit the others.
             WeightsError: If template or weights are missing, damaged or others.
         """
+        info, form = self.describe(task), TASKS[task]
+        template = read_template(form, texts)
+        if path_or_id is None and not somebody_is_asked(asked):
+            path_or_id = form.weights.repo
+        super().__init__(info, find_answerer(info, path_or_id, asked))
+        self.task, self.template, self.even_frames = form, template, task.startswith("flex")
+
+    @classmethod
+    def describe(cls, task: str = "point_image") -> RewardInfo:
+        """See `RewardModel`."""
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r} of unified_reward (available: {', '.join(TASKS)})")
         form = TASKS[task]
         lowest = {"point_image": 0.2, "point_video": 0.1, "point_image_acs": 0.2, "point_video_aps": 0.2}
-        info = replace(
+        return replace(
             UnifiedReward.info, name=f"unified_reward-{task}", weights=(form.weights,), dims=form.dims,
             kind=frozenset({form.kind}), pairwise_native=form.pair,
             nominal_range=(lowest.get(task, 0.0), 1.0),
         )  # fmt: skip
-        template = read_template(form, texts)
-        if path_or_id is None and answerer is None and server is None:
-            path_or_id = form.weights.repo
-        found = find_answerer(
-            info, path_or_id, answerer=answerer, server=server, served_model=served_model,
-            server_options=server_options, device=device, dtype=dtype, local_files_only=local_files_only,
-        )  # fmt: skip
-        super().__init__(info, found)
-        self.task, self.template, self.even_frames = form, template, task.startswith("flex")
 
     def choose_frames(self, total: int, fps: float | None) -> list[int]:
         """See the class; a video of fewer frames shows some of them twice."""

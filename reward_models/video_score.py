@@ -105,11 +105,9 @@ class VideoScore(RewardModel):
             WeightsError: If a file is missing, damaged or of another model.
         """
         super().__init__()
-        if version not in _HOMES:
-            raise ValueError(f"unknown VideoScore version {version!r} (available: {', '.join(map(repr, _HOMES))})")
+        self.info = self.describe(version)
         if max_frames is not None and max_frames < 1:
             raise ValueError(f"max_frames must be at least 1, got {max_frames}")
-        self.info = replace(VideoScore.info, name=f"video_score-{version}", weights=_weights(version))
         self.max_frames = max_frames or _MOST_FRAMES[version]
         self.template = load_template(INSTRUCTION, template, path_or_id, local_files_only)
         config, self.tokenizer, self.processor = _load_parts(self.info, path_or_id, local_files_only)
@@ -121,6 +119,13 @@ class VideoScore(RewardModel):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.to(device).requires_grad_(False).train(False)
+
+    @classmethod
+    def describe(cls, version: Version = "1.1") -> RewardInfo:
+        """See `RewardModel`."""
+        if version not in _HOMES:
+            raise ValueError(f"unknown VideoScore version {version!r} (available: {', '.join(map(repr, _HOMES))})")
+        return replace(VideoScore.info, name=f"video_score-{version}", weights=_weights(version))
 
     def preprocess(self, item: Media) -> dict[str, Tensor]:
         """See `RewardModel`: pixel_values [1, T, 3, H, W] and pixel_attention_mask [1, T, H, W]."""

@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.reward_models.answering import Answer, Answerer, Question
+from diffalign.reward_models.answering import Answer, Question
 from diffalign.reward_models.base import RewardInfo, RewardModel, Scores, WeightsError, WeightSpec
-from diffalign.reward_models.judging import Judge, find_answerer
+from diffalign.reward_models.judging import Asked, Judge, find_answerer, loading
 from diffalign.reward_models.media import InvalidMediaError
 from diffalign.reward_models.published_texts import PublishedText, read_text
 from diffalign.reward_models.vqa_score import VQAScore
@@ -160,15 +160,9 @@ class VisionReward(Judge):
         texts: str | Path | None = None,
         alignment: RewardModel | str | Path | None = None,
         question_format: str | None = None,
-        answerer: Answerer | None = None,
-        server: str | None = None,
-        served_model: str | None = None,
-        server_options: Mapping[str, Any] | None = None,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype | Literal["auto"] = "auto",
-        local_files_only: bool | None = None,
+        **asked: Unpack[Asked],
     ):
-        """Reads checklist and weights, and finds who answers; see `judging.find_answerer`.
+        """Reads checklist and weights, and finds who answers.
 
         Args:
             path_or_id: Folder or Hub id of a chat VLM of transformers, if it answers in this process.
@@ -180,13 +174,7 @@ class VisionReward(Judge):
                 Hub id of CLIP-FlanT5; None is the published xxl.
             question_format: How a question is put, "{question}" standing for it. None is, for pictures, what the
                 original puts behind its image tokens, and for videos the question alone.
-            answerer: See `judging.find_answerer`.
-            server: See `judging.find_answerer`.
-            served_model: See `judging.find_answerer`.
-            server_options: See `judging.find_answerer`.
-            device: As in `from_pretrained`.
-            dtype: As in `from_pretrained`.
-            local_files_only: As in `from_pretrained`.
+            asked: Who answers, and where a model in this process runs; see `judging.Asked`.
 
         Raises:
             ValueError: If an option is unknown or does not fit the others.
@@ -200,19 +188,20 @@ class VisionReward(Judge):
             question_format = _IMAGE_FORMAT if kind == "image" else _VIDEO_FORMAT
         if "{question}" not in question_format:
             raise ValueError(f"expected a question_format with '{{question}}', got {question_format!r}")
-        info = VisionReward.info if kind == "image" else VisionReward._VIDEO_INFO
-        checklist = read_checklist(kind, texts, local_files_only)
-        found = find_answerer(
-            info, path_or_id, answerer=answerer, server=server, served_model=served_model,
-            server_options=server_options, device=device, dtype=dtype, local_files_only=local_files_only,
-        )  # fmt: skip
-        super().__init__(info, found)
+        info = self.describe(kind)
+        checklist = read_checklist(kind, texts, asked.get("local_files_only"))
+        super().__init__(info, find_answerer(info, path_or_id, asked))
         self.checklist, self.mode, self.question_format = checklist, mode, question_format
         self.alignment: RewardModel | None = None
         if kind == "image":
             if not isinstance(alignment, RewardModel):
-                alignment = VQAScore(alignment, device=device, dtype=dtype, local_files_only=local_files_only)
+                alignment = VQAScore(alignment, **loading(asked))
             self.alignment = alignment
+
+    @classmethod
+    def describe(cls, kind: Literal["image", "video"] = "image") -> RewardInfo:
+        """See `RewardModel`."""
+        return VisionReward.info if kind == "image" else VisionReward._VIDEO_INFO
 
     def choose_frames(self, total: int, fps: float | None) -> list[int]:
         """One frame per second from 0 on, the one that starts nearest, the earlier on ties; at most 24.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from diffalign.reward_models.answering import Answer, Answerer, Question
+from diffalign.reward_models.answering import Answer, Question
 from diffalign.reward_models.base import RewardInfo, Scores, WeightSpec, broadcast
 from diffalign.reward_models.chat_server import ChatServer
 from diffalign.reward_models.clip_flant5 import CLIPFlanT5, is_clip_flant5, load_clip_flant5
-from diffalign.reward_models.judging import Judge, find_answerer
+from diffalign.reward_models.judging import Asked, Judge, find_answerer, loading, somebody_is_asked
 from diffalign.reward_models.media import Media
 
 __all__ = ["VQAScore"]
@@ -54,15 +54,9 @@ class VQAScore(Judge):
         all_spellings: bool = False,
         vision_tower: str | Path | None = None,
         tokenizer: str | Path | None = None,
-        answerer: Answerer | None = None,
-        server: str | None = None,
-        served_model: str | None = None,
-        server_options: Mapping[str, Any] | None = None,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype | Literal["auto"] = "auto",
-        local_files_only: bool | None = None,
+        **asked: Unpack[Asked],
     ):
-        """Loads CLIP-FlanT5 or finds who answers; see `judging.find_answerer`.
+        """Loads CLIP-FlanT5 or finds who answers.
 
         Args:
             path_or_id: Folder or Hub id of CLIP-FlanT5 or of a chat VLM of transformers, which its config tells; None
@@ -73,13 +67,7 @@ class VQAScore(Judge):
             all_spellings: For chat VLMs, whether "yes", "YES" and " Yes" count as well, and those of "No".
             vision_tower: Folder or Hub id of CLIP-FlanT5's CLIP; None is the one its config names.
             tokenizer: Folder or Hub id of CLIP-FlanT5's tokenizer; None is beside the weights, or FLAN-T5's.
-            answerer: See `judging.find_answerer`.
-            server: See `judging.find_answerer`.
-            served_model: See `judging.find_answerer`.
-            server_options: See `judging.find_answerer`.
-            device: As in `from_pretrained`.
-            dtype: As in `from_pretrained`.
-            local_files_only: As in `from_pretrained`.
+            asked: Who answers, and where a model in this process runs; see `judging.Asked`.
 
         Raises:
             ValueError: If an option is unknown or does not fit the others.
@@ -89,7 +77,8 @@ class VQAScore(Judge):
             raise ValueError(f"expected a question with '{{}}' for the prompt, got {question!r}")
         if form not in (None, "probability", "conditional"):
             raise ValueError(f"form must be 'probability' or 'conditional', got {form!r}")
-        chat = answerer is not None or server is not None
+        chat, where = somebody_is_asked(asked), loading(asked)
+        device, local_files_only = where["device"], where["local_files_only"]
         if path_or_id is None and not chat:
             path_or_id = VQAScore.info.weights[0].repo
         flant5: CLIPFlanT5 | None = None
@@ -97,7 +86,7 @@ class VQAScore(Judge):
             if form is not None or all_spellings:
                 raise ValueError("CLIP-FlanT5 has one form of score; form and all_spellings are for chat VLMs")
             flant5 = load_clip_flant5(
-                VQAScore.info, path_or_id, vision_tower=vision_tower, tokenizer=tokenizer, dtype=dtype,
+                VQAScore.info, path_or_id, vision_tower=vision_tower, tokenizer=tokenizer, dtype=where["dtype"],
                 local_files_only=local_files_only,
             )  # fmt: skip
             if device == "auto":
@@ -109,11 +98,7 @@ class VQAScore(Judge):
                 raise ValueError("vision_tower and tokenizer are those of CLIP-FlanT5; a chat VLM brings its own")
             name = VQAScore.info.name + "-chat"
             info = replace(VQAScore.info, name=name, differentiable=False, generative=True, weights=_chat_weights())
-            found = find_answerer(
-                info, path_or_id, answerer=answerer, server=server, served_model=served_model,
-                server_options=server_options, device=device, dtype=dtype, local_files_only=local_files_only,
-            )  # fmt: skip
-            super().__init__(info, found)
+            super().__init__(info, find_answerer(info, path_or_id, asked))
             self.flant5 = None
         self.question = question
         self.form = form or ("conditional" if isinstance(self.answerer, ChatServer) else "probability")

@@ -81,9 +81,9 @@ class WinRate(RewardModel):
         self.train(False)
 
     @classmethod
-    def describe(cls, of: str) -> RewardInfo:
+    def describe(cls, of: str = "") -> RewardInfo:
         """The `info` for a judge of this name, without loading anything."""
-        return _info(replace(reward_model_info(of), name=of))
+        return _info(replace(reward_model_info(of), name=of)) if of else cls.info
 
     def preprocess(self, item: Media) -> Any:
         """See `RewardModel`: the judge's."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,30 +19,54 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
+if TYPE_CHECKING:
+    from tests.forks import Forks
+
 QUICK_FAMILIES = ("sd-epsilon",)
 """The others' contract is slow only because they are many."""
+LONGEST = ("test_wheel", "loop/test_processes", "test_processes", "shapes/test_build", "shapes/test_assets")
+"""Files whose few tests take long: they go first, and the families last, so that no worker is left with a long one."""
 
 # Collecting the tests imports some thousand modules whose objects stay for good: looking for garbage among them takes
 # a quarter of the start-up time, and later again and again. They are frozen once all are there.
 gc.disable()
 
+FORKS = pytest.StashKey["Forks"]()
 
-def pytest_collection_finish() -> None:
+
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
+    if "diffusers.pipelines.pipeline_utils" in sys.modules:
+        from tests.read_once import install
+
+        install()
+    if any("forks" in getattr(item, "fixturenames", ()) for item in session.items):
+        from tests.forks import Forks
+
+        session.config.stash[FORKS] = Forks()
     gc.enable()
+    gc.set_threshold(10_000, 20, 20)  # models of many small modules are made and dropped all the time
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()  # what is never collected is reported as leaked by some libraries, after pytest's last line
+    if FORKS in config.stash:
+        config.stash[FORKS].close()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker for a file, which builds its fixtures once; the contract test is shared out by family."""
+    order = {}
     for item in items:
+        file = item.nodeid.partition("::")[0]
         family = getattr(item, "callspec", None) and item.callspec.params.get("tiny")  # type: ignore[attr-defined]
         if family is not None and str(family) not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group(f"{item.location[0]} {family or ''}"))
+        item.add_marker(pytest.mark.xdist_group(f"{file} {family}" if family else file))
+        name = Path(file).with_suffix("").as_posix().removeprefix("tests/")
+        order[item] = LONGEST.index(name) if name in LONGEST else len(LONGEST) + (family is not None)
+    items.sort(key=order.__getitem__)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +100,14 @@ def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.backbones.families.sd import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tiny") / "v_pipeline", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def forks(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """Starts functions in processes of their own; see tests/forks.py."""
+    started = pytestconfig.stash[FORKS]
+    started.folder = tmp_path_factory.mktemp("processes")
+    return started
 
 
 @pytest.fixture(scope="session")

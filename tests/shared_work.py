@@ -1,7 +1,7 @@
 """Commands' bodies shared out over forked processes, for `test_processes.py`; no test by itself.
 
-`python shared_work.py JSON` imports everything once and forks the processes of every attempt. The attempts of a chain
-work in the same folder, one after the other, each with its own number of processes; one of them may be killed.
+`main`, called in a process of its own, forks the processes of every attempt. The attempts of a chain work in the same
+folder, one after the other, each with its own number of processes; one of them may be killed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from diffalign.prompts import read_prompts
 from diffalign.reward_models.base import RewardInfo, RewardModel
 from diffalign.reward_models.media import Media
 from diffalign.reward_models.scoring import score_index
+from tests.forks import launcher_environment
 
 torch.set_num_threads(1)
 
@@ -135,17 +135,8 @@ def process(work: Work, name: str, folder: Path, how: dict[str, Any], place: dic
 
 def attempt(work: Work, name: str, folder: Path, how: dict[str, Any]) -> list[int]:
     """Exit codes of all processes of one attempt, the negative number of a signal included."""
-    count = how["processes"]
-    places: list[dict[str, str]] = [{}]
-    if count > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
     children = []
-    for place in places:
+    for place in launcher_environment(how["processes"]):
         child = os.fork()
         if child == 0:
             process(work, name, folder, how, place)
@@ -162,7 +153,3 @@ def main(model: str, tools: str, index: str, root: str, chains: dict[str, list[d
         folder.mkdir(parents=True)
         codes[name] = [attempt(work, name.partition("-")[0], folder, how) for how in attempts]
     (Path(root) / "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))

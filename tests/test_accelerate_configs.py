@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+
+from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "accelerate"
@@ -89,8 +90,15 @@ def test_the_slurm_script_is_a_script_and_names_files_that_exist() -> None:
     assert "-m diffalign train" in text
 
 
+def launch(*line: str) -> None:
+    """`accelerate launch LINE`."""
+    launch_command(launch_command_parser().parse_args(line))
+
+
 @pytest.mark.slow
-def test_the_launcher_and_the_plain_command_read_the_same_file(tmp_path: Path, tiny_pipeline: Path) -> None:
+def test_the_launcher_and_the_plain_command_read_the_same_file(
+    tmp_path: Path, tiny_pipeline: Path, forks: Forks
+) -> None:
     config: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"),
         "model": {"pretrained_model_name_or_path": str(tiny_pipeline), "lora": {"rank": 2}},
@@ -98,19 +106,10 @@ def test_the_launcher_and_the_plain_command_read_the_same_file(tmp_path: Path, t
     }
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config))
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    plain = [sys.executable]
-    outputs = []
-    for start in (accelerate, plain):
-        done = subprocess.run(
-            [*start, "-m", "diffalign", "train", str(path), "--dry-run"],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        outputs.append(done.stdout)
-    assert outputs[0] == outputs[1]
-    assert "steps: 3" in outputs[0]
+    command = ("train", str(path), "--dry-run")
+    (by_launcher,) = forks.run(launch, "--cpu", "--num_processes", "1", "-m", "diffalign", *command, cwd=tmp_path)
+    (plain,) = forks.command(*command, cwd=tmp_path)
+    assert plain.code == 0, plain.err
+    assert by_launcher.out == plain.out
+    assert "steps: 3" in plain.out
     assert not (tmp_path / "run").exists()

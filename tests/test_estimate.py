@@ -14,6 +14,7 @@ from diffalign.cli import cli
 from diffalign.config import ConfigError, RunConfig, trainer_settings
 from diffalign.estimate import Estimate, estimate_run
 from diffalign.optimizers import make_optimizer
+from diffalign.trainers.diffusion_dpo import DiffusionDPO
 
 pytestmark = pytest.mark.slow
 
@@ -240,25 +241,46 @@ def test_vae_switches_survive_a_reload_and_change_no_or_another_cache(run_config
     assert tiled.pipeline.vae.use_slicing
 
 
-def test_channels_last_and_compiling_change_no_numbers(run_config: Any, batches: Any) -> None:
-    """Compiled with a backend that only captures: what is tested is that both halves go through it."""
-    from diffalign.trainers.diffusion_dpo import DiffusionDPO
+def moved_policy(config: RunConfig) -> Any:
+    """The run's policy, a little away from its reference."""
+    source = inspect_model(config.model.pretrained_model_name_or_path)
+    policy: Any = training.training_policy(config, source, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.01)
+    return policy
 
+
+def test_channels_last_changes_no_numbers(run_config: Any, batches: Any) -> None:
     losses = []
-    model = {"channels_last": True, "torch_compile": True, "torch_compile_backend": "eager"}
     for lora in (None, {"rank": 2}):
-        for switches in ({}, model):
-            config = run_config({**switches, "lora": lora})
-            source = inspect_model(config.model.pretrained_model_name_or_path)
-            policy: Any = training.training_policy(config, source, torch.device("cpu"))
-            with torch.no_grad():
-                for parameter in policy.trainable_parameters():
-                    parameter.add_(0.01)
+        for switches in ({}, {"channels_last": True}):
+            policy = moved_policy(run_config({**switches, "lora": lora}))
             losses.append(DiffusionDPO(policy, beta=500.0).loss(batches(2)).loss)
         assert policy.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        assert policy.denoiser._compiled_call_impl is not None
         torch.testing.assert_close(losses[-1], losses[-2], rtol=1e-4, atol=1e-5)
     assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_compiling_changes_no_numbers(run_config: Any, tmp_path: Path, lora: Any) -> None:
+    """With a backend that only captures: what is tested is that both halves go through it, each as it is."""
+    from tests.backbones.families import flux
+
+    folder = flux.save_tiny(tmp_path / "flux", dev=False)  # fewer operations than a UNet, so that it is captured sooner
+    model = {"pretrained_model_name_or_path": str(folder), "resolution": [16, 24], "lora": lora}
+    plain = moved_policy(run_config(model))
+    compiled = moved_policy(run_config({**model, "torch_compile": True, "torch_compile_backend": "eager"}))
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    latents = torch.randn(2, *plain.latent_shape, generator=torch.Generator().manual_seed(0))
+    arguments = (latents, plain.schedule.timesteps_at(torch.tensor([0.3, 0.8])), plain.encode_prompts(["a", "b"]))
+    outputs = []
+    for policy in (plain, compiled):
+        outputs.append([policy.predict(*arguments), policy.frozen().predict(*arguments)])
+        assert graphs["unique_graphs"] == (0 if policy is plain else 2)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0][0], outputs[0][1], atol=1e-4)
 
 
 def test_the_fused_optimizer_takes_the_same_steps(run_config: Any) -> None:

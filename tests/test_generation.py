@@ -6,8 +6,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,6 +29,7 @@ from diffalign.generation import (
 from diffalign.prompts import PromptRow, image_seed, read_prompts, task_shares
 from diffalign.resumable import RowLog, claim_folder
 from diffalign.shapes import scenes
+from tests.forks import Forks
 
 SAMPLING = SamplingConfig(guidance_scale=2.0, num_inference_steps=2, num_images_per_prompt=2, batch_size=3, seed=5)
 PROMPTS = [PromptRow(p.text, {"task": p.task}) for p in scenes.prompts("train", "colors")[:4]]
@@ -133,47 +132,38 @@ def test_finished_chunks_are_kept_and_a_lost_image_comes_back_in_order(
     assert contents(folder) == contents(finished)
 
 
-KILLED = """
-import sys, time, torch
-from diffalign.backbones import load_policy
-from diffalign.generation import SamplingConfig, generate, make_requests
-from diffalign.prompts import read_prompts
-torch.set_num_threads(1)
-policy = load_policy(sys.argv[1])
-sample = policy.sample
-def slow_sample(*args, **options):  # so that the run cannot be over before it is killed
-    time.sleep(0.5)
-    return sample(*args, **options)
-policy.sample = slow_sample
-sampling = SamplingConfig(num_inference_steps=4, num_images_per_prompt=2, batch_size=2, seed=1)
-requests = make_requests(read_prompts("diffalign://shapes/train", 10), sampling)
-generate(policy, requests, sys.argv[2], sampling, settings={})
-"""
+TEN = SamplingConfig(num_inference_steps=4, num_images_per_prompt=2, batch_size=2, seed=1)
+
+
+def draw_slowly(model: Path, folder: Path) -> None:
+    """Draws for ten prompts, so slowly that the run cannot be over before it is killed."""
+    torch.set_num_threads(1)
+    policy = load_policy(model)
+    sample = policy.sample
+
+    def slow_sample(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return sample(*arguments, **options)
+
+    policy.sample = slow_sample  # type: ignore[method-assign]
+    generate(policy, make_requests(read_prompts("diffalign://shapes/train", 10), TEN), folder, TEN, settings={})
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_bit_for_bit(tiny_pipeline: Path, policy: Any, tmp_path: Path) -> None:
+def test_killed_run_goes_on_bit_for_bit(tiny_pipeline: Path, policy: Any, forks: Forks, tmp_path: Path) -> None:
     """SIGKILL in the second chunk, then go on: the folder equals an uninterrupted one."""
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tiny_pipeline, folder], stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 900
-        while sum(1 for _ in folder.glob("images/*.png")) < 3:
-            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    started = forks.start(draw_slowly, tiny_pipeline, folder)
+    started.until(lambda: sum(1 for _ in folder.glob("images/*.png")) >= 3)
+    started.kill()
+    assert started.wait()[0].code == -signal.SIGKILL
     assert len(list(folder.glob("images/*.png"))) < 20, "the run was over before it could be killed"
     first = folder / "images" / "00000-00.png"
     kept = first.stat().st_mtime_ns
-    sampling = SamplingConfig(num_inference_steps=4, num_images_per_prompt=2, batch_size=2, seed=1)
-    requests = make_requests(read_prompts("diffalign://shapes/train", 10), sampling)
-    generate(policy, requests, folder, sampling, settings={})
+    requests = make_requests(read_prompts("diffalign://shapes/train", 10), TEN)
+    generate(policy, requests, folder, TEN, settings={})
     assert first.stat().st_mtime_ns == kept
-    generate(policy, requests, tmp_path / "whole", sampling, settings={})
+    generate(policy, requests, tmp_path / "whole", TEN, settings={})
     assert contents(folder) == contents(tmp_path / "whole")
 
 

@@ -7,10 +7,9 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from diffalign.backbones import load_policy
 from diffalign.data import DataConfig
 from diffalign.generation import Request, SamplingConfig
 from diffalign.mining import Candidate, PairsConfig, choose_pairs, mine_pairs
-from diffalign.reward_models.base import InvalidMediaError, Media, RewardInfo, RewardModel
+from diffalign.reward_models.base import InvalidMediaError, Media, RewardInfo, RewardModel, RewardOutput
+from tests.forks import Forks
 
 SAMPLING = SamplingConfig(guidance_scale=2.0, num_inference_steps=2, batch_size=3, seed=99)
 CONFIG = PairsConfig(num_prompts=6, num_images_per_prompt=3, reward_model="redness", score_batch_size=4, seed=7)
@@ -121,6 +121,28 @@ def test_all_scored_images_are_left_with_their_rewards(mined: tuple[Path, dict[s
     assert {sample.pair_id: sample.rewards for sample in found} == {name: (score,) for name, score in scores.items()}
     images = {row["id"]: folder / "candidates" / row["image"] for row in rows_of(folder / "candidates" / "index.jsonl")}
     assert all(sample.chosen is sample.rejected and sample.chosen.data == images[sample.pair_id] for sample in found)
+
+
+def test_groups_reach_a_reward_that_compares_them_whole(policy: Any, mined: tuple[Path, Any], tmp_path: Path) -> None:
+    """A batch of 4 is made 6, which holds two prompts' three images; so each rank is one among three."""
+
+    class Ranked(Redness):
+        info = replace(Redness.info, groupwise=True)
+
+        def score(self, media: Any, prompts: Any, *, batch_size: int = 32, on_invalid: Any = "raise") -> RewardOutput:
+            sizes.append(len(media))
+            output = super().score(media, prompts, batch_size=batch_size, on_invalid=on_invalid)
+            ranks = output.score.reshape(-1, 3).argsort(1).argsort(1).flatten().float()
+            return replace(output, score=ranks)
+
+    sizes: list[int] = []
+    folder = Path(shutil.copytree(mined[0], tmp_path / "pairs"))
+    (folder / "scores.jsonl").unlink()
+    summary = mine_pairs(policy, Ranked(), CONFIG, SAMPLING, folder)
+    assert sizes == [6, 6, 6]
+    assert summary["mean_margin"] == 2.0
+    same = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows_of(mined[0] / "index.jsonl")]
+    assert [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows_of(folder / "index.jsonl")] == same
 
 
 @pytest.mark.slow
@@ -229,39 +251,29 @@ def test_interrupted_scoring_goes_on(
     assert len(scorer.calls) == 18 - rows // 4 * 4 if rows < 18 else not scorer.calls
 
 
-KILLED = """
-import importlib.util, sys, time, torch
-spec = importlib.util.spec_from_file_location("mining_tests", sys.argv[1])
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-torch.set_num_threads(1)
-class Slow(tests.Redness):
-    def score_prepared(self, prepared, texts):
-        time.sleep(1)  # so that the run cannot be over before it is killed
-        return super().score_prepared(prepared, texts)
-tests.mine_pairs(tests.load_policy(sys.argv[2]), Slow(), tests.CONFIG, tests.SAMPLING, sys.argv[3])
-"""
+def mine_slowly(model: Path, folder: Path) -> None:
+    """Scores so slowly that the run cannot be over before it is killed."""
+    torch.set_num_threads(1)
+
+    class Slow(Redness):
+        def score_prepared(self, *arguments: Any) -> Any:
+            time.sleep(1)
+            return super().score_prepared(*arguments)
+
+    mine_pairs(load_policy(model), Slow(), CONFIG, SAMPLING, folder)
 
 
 @pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(
-    tiny_pipeline: Path, policy: Any, mined: tuple[Path, dict[str, Any]], tmp_path: Path
+    tiny_pipeline: Path, policy: Any, mined: tuple[Path, dict[str, Any]], forks: Forks, tmp_path: Path
 ) -> None:
     """SIGKILL while it scores (`test_generation` kills while it draws), then go on."""
     folder = tmp_path / "pairs"
     scores = folder / "scores.jsonl"
-    command = [sys.executable, "-c", KILLED, __file__, tiny_pipeline, folder]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 900
-        while not scores.exists() or scores.read_bytes().count(b"\n") < 4:
-            assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    started = forks.start(mine_slowly, tiny_pipeline, folder)
+    started.until(lambda: scores.exists() and scores.read_bytes().count(b"\n") >= 4)
+    started.kill()
+    assert started.wait()[0].code == -signal.SIGKILL
     assert not (folder / "index.jsonl").exists(), "the run was over before it could be killed"
     assert mine_pairs(policy, Redness(), CONFIG, SAMPLING, folder) == mined[1]
     assert contents(folder) == contents(mined[0])

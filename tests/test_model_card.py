@@ -84,6 +84,7 @@ def run(tmp_path: Path) -> Path:
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_card_of_a_lora_run(run: Path) -> None:
     assert card(str(run)) == f"model card: {run / CARD}"
     loaded = ModelCard.load(run / CARD)

@@ -15,6 +15,7 @@ from diffalign import commands, model_card
 from diffalign.backbones import LoRA, inspect_model, load_policy
 from diffalign.cli import cli
 from diffalign.config import RunConfig
+from diffalign.eval import read_rows
 from diffalign.generation import SamplingConfig, generate, make_requests, to_png, weights_fingerprint
 from diffalign.prompts import PromptRow
 
@@ -131,7 +132,8 @@ def test_train_and_evaluate_on_the_embedded_model(trainer: str, tmp_path: Path) 
         "training.per_device_train_batch_size=2",
         "training.num_validation_pairs=0",
         "training.validation_steps=0",
-        "evaluation.num_prompts=6",
+        "evaluation.num_prompts=3",
+        "evaluation.num_images_per_prompt=2",
     ]
     commands.pairs(config, overrides)
     commands.train(config, overrides)
@@ -141,6 +143,9 @@ def test_train_and_evaluate_on_the_embedded_model(trainer: str, tmp_path: Path) 
     assert settings["base"]["sampling"] == settings["aligned"]["sampling"]
     assert settings["base"]["model"]["adapter"] is settings["aligned"]["model"]["adapter"] is None
     assert settings["aligned"]["model"]["negative_model"] == str(tmp_path / "run")
+    rows = read_rows(folder / "aligned.jsonl")
+    assert len({row.prompt for row in rows}) == 3
+    assert len({row.key for row in rows}) == len(rows) == 6
     drawn = {name: next(folder.glob(f"{name}-*")) for name in ("base", "aligned")}
     assert "negative" not in json.loads((drawn["base"] / "settings.json").read_text())
     assert json.loads((drawn["aligned"] / "settings.json").read_text())["negative"]["scale"] == 1.0

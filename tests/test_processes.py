@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import run as launcher
 
 from diffalign.processes import ALONE, OtherProcessError, Processes, launched, own_files
 from diffalign.resumable import RowLog
+from tests import shared_work
+from tests.forks import Forks
 from tests.threads import together
 
-ROOT = Path(__file__).parents[1]
-SHARED_WORK = Path(__file__).parent / "shared_work.py"
 TOOLS = Path(__file__).parent / "data" / "conftest.py"
 KINDS = ("sample", "pairs", "score", "cache")
 
@@ -97,21 +94,16 @@ def test_rows_that_the_first_process_cannot_see_are_an_error(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def shared_work() -> dict[str, Any]:
-    return runpy.run_path(str(SHARED_WORK))
-
-
-@pytest.fixture(scope="module")
-def pictures(tiny_pipeline: Path, shared_work: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures to score; also what one process samples."""
     folder = tmp_path_factory.mktemp("pictures") / "out"
-    shared_work["Work"](str(tiny_pipeline), str(TOOLS), "").sample(folder, ALONE)
+    shared_work.Work(str(tiny_pipeline), str(TOOLS), "").sample(folder, ALONE)
     return folder
 
 
 @pytest.fixture(scope="module")
-def work(tiny_pipeline: Path, shared_work: dict[str, Any], pictures: Path) -> Any:
-    return shared_work["Work"](str(tiny_pipeline), str(TOOLS), str(pictures / "index.jsonl"))
+def work(tiny_pipeline: Path, pictures: Path) -> shared_work.Work:
+    return shared_work.Work(str(tiny_pipeline), str(TOOLS), str(pictures / "index.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +155,9 @@ def test_another_number_of_processes_goes_on(work: Any, of_one: Path, kind: str,
 # --- real processes --------------------------------------------------------------------------------------------------
 
 
-def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
 @pytest.mark.slow
 def test_killed_processes_are_followed_by_another_number(
-    tiny_pipeline: Path, pictures: Path, of_one: Path, tmp_path: Path
+    tiny_pipeline: Path, pictures: Path, of_one: Path, forks: Forks, tmp_path: Path
 ) -> None:
     """SIGKILL of one process stops the others at once; whoever goes on ends with the bytes of one process."""
     chains: dict[str, list[dict[str, Any]]] = {
@@ -185,7 +170,7 @@ def test_killed_processes_are_followed_by_another_number(
     }
     chains["sample-failing"] = [{"processes": 2, "what": "raise", "rank": 1, "batch": 2}]
     arguments = {"model": str(tiny_pipeline), "tools": str(TOOLS), "index": str(pictures / "index.jsonl")}
-    run(str(SHARED_WORK), json.dumps({**arguments, "root": str(tmp_path), "chains": chains}))
+    forks.run(shared_work.main, **arguments, root=str(tmp_path), chains=chains)
     codes = json.loads((tmp_path / "codes.json").read_text())
     for kind in KINDS:
         assert codes[kind] == [[3, 3, -9], [-9], [0, 0]], kind
@@ -197,8 +182,8 @@ def test_killed_processes_are_followed_by_another_number(
 
 
 @pytest.mark.slow
-def test_a_launched_command_prints_once_and_fails_as_a_whole(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """`diffalign pairs` under the launcher; then with a picture that the second process cannot write."""
+def test_a_launched_command_prints_once_and_fails_as_a_whole(tiny_pipeline: Path, forks: Forks, tmp_path: Path) -> None:
+    """`diffalign pairs` in two processes; then by the launcher, with a picture that the second one cannot write."""
     config = {
         "output_dir": str(tmp_path / "run"),
         "model": {"pretrained_model_name_or_path": str(tiny_pipeline)},
@@ -207,23 +192,25 @@ def test_a_launched_command_prints_once_and_fails_as_a_whole(tiny_pipeline: Path
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = ("-m", "diffalign", "pairs", str(path))
-    done = run(*launcher, *command)
+    first, second = forks.command("pairs", path, processes=2)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
     pairs = tmp_path / "run" / "pairs"
-    assert done.stdout.count("pairs 6") == 1, done.stdout
-    assert done.stdout.rstrip().endswith(f"pairs: {pairs / 'index.jsonl'}")
-    assert "sampling, process 1 of 2" in done.stderr
-    assert "process 2 of 2" not in done.stderr
+    assert first.out.count("pairs 6") == 1, first.out
+    assert first.out.rstrip().endswith(f"pairs: {pairs / 'index.jsonl'}")
+    assert "sampling, process 1 of 2" in first.err
+    assert second.out == ""
+    assert "process 2 of 2" not in second.err
     whole = contents(tmp_path / "run")
     images = [pairs / "candidates" / "images" / f"{name}.png" for name in ("00000-00", "00001-01")]
     for image in images:  # of the first batch and of the second
         image.unlink()
     images[1].mkdir()
-    failed = run(*launcher, *command, check=False)
-    assert failed.returncode != 0
-    assert failed.stdout == ""
-    assert "error: process 2 of 2: [Errno 21] Is a directory" in failed.stderr
+    line = ["--standalone", "--nproc_per_node", "2", "-m", "diffalign", "pairs", str(path)]
+    (failed,) = forks.start(launcher.main, line).wait()
+    assert failed.code != 0
+    assert failed.out == ""
+    assert "error: process 2 of 2: [Errno 21] Is a directory" in failed.err
     images[1].rmdir()
-    run(*command)
+    (again,) = forks.command("pairs", path)
+    assert again.code == 0, again.err
     assert contents(tmp_path / "run") == whole

@@ -124,6 +124,33 @@ def test_a_round_visits_every_step_of_every_pair(policy: Any) -> None:
     assert not found.keys() & _visits(source, range(3, 6)).keys()  # the next round has other visits
 
 
+def test_the_best_image_of_a_prompt_against_the_worst(policy: Any) -> None:
+    """One pair of each prompt, the images whose scores are furthest apart; a prompt of ties gives a tie."""
+    config = {"num_images_per_prompt": 4}
+    every = _visits(_source(policy, config=config), range(6))
+    source = _source(policy, config={**config, "pairs": "best_worst"})
+    assert source.steps_per_round == 1
+    found = _visits(source, range(1))
+    assert len(found) == 2
+
+    def margin(visits: list[dict[str, Any]]) -> float:
+        last = min(visits, key=lambda visit: int(visit["timesteps"]))
+        images = policy.decode(torch.stack([last["next_chosen"], last["next_rejected"]]))
+        scores = Redness().score(images, ["", ""]).score
+        return float(scores[0] - scores[1])
+
+    for name, visits in found.items():
+        same_prompt = [own for other, own in every.items() if other.split("/")[0] == name.split("/")[0]]
+        assert len(same_prompt) == 6
+        assert margin(visits) == pytest.approx(max(map(margin, same_prompt)))
+    tied = _source(policy, Redness(constant=True), {**config, "pairs": "best_worst"})
+    assert all(float(v["preference"]) == 0.0 for visits in _visits(tied, range(1)).values() for v in visits)
+    unread = _source(policy, Redness(unreadable="squares"), {**config, "prompts_per_round": 4, "pairs": "best_worst"})
+    weights = {name: float(own[0]["weight"]) for name, own in _visits(unread, range(unread.steps_per_round)).items()}
+    assert weights == {name: float("prompt-00001" not in name) for name in weights}
+    assert set(weights.values()) == {0.0, 1.0}
+
+
 def test_a_batch_is_one_step_for_the_trainer(policy: Any) -> None:
     batch = _source(policy).batch(0, 1).to("cpu", torch.float64)
     assert isinstance(batch, TransitionPairs)

@@ -46,6 +46,8 @@ class TrainedWeights(Policy):
     _frozen: Any
     _has_reference_adapter = False
     _started_from_adapter = False
+    _adapted: tuple[BaseTunerLayer, ...] | None = None
+    """The layers with adapters once they were looked for, which takes long; None after adapters came or went."""
     _initial: dict[str, Tensor] | None = None
     """The reference's first weights, by the trained parameters' names, once others were put in their place."""
 
@@ -64,15 +66,17 @@ class TrainedWeights(Policy):
             self._switch_adapter(True)
 
     def _switch_adapter(self, on: bool) -> None:
-        for layer in self.denoiser.modules():
-            if isinstance(layer, BaseTunerLayer):
-                if self._has_reference_adapter:
-                    layer.set_adapter(ADAPTER if on else REFERENCE)
-                else:
-                    layer.enable_adapters(on)
+        if self._adapted is None:
+            self._adapted = tuple(layer for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer))
+        for layer in self._adapted:
+            if self._has_reference_adapter:
+                layer.set_adapter(ADAPTER if on else REFERENCE)
+            else:
+                layer.enable_adapters(on)
 
     def _add_adapter(self, lora: LoRA) -> None:
         self._inject(self._adapter_settings(lora))
+        self._adapted = None
         self._upcast_adapter()
         self._initialise_adapter(lora)
 
@@ -166,6 +170,7 @@ class TrainedWeights(Policy):
         settings: LoraConfig = copy.deepcopy(next(iter(self._modules().values())).peft_config[ADAPTER])
         with two_adapters():
             self._inject(settings, REFERENCE)
+        self._adapted = None
         named = dict(self.denoiser.named_parameters())
         for name, parameter in named.items():
             if f".{REFERENCE}" in name:
@@ -205,6 +210,7 @@ class TrainedWeights(Policy):
         if self._has_lora(folder):
             with two_adapters():
                 self._load_adapter(folder)
+            self._adapted = None
             if self._has_reference_adapter:
                 self._switch_adapter(True)
         else:
@@ -230,7 +236,7 @@ class TrainedWeights(Policy):
                     self._put(states, module)
             return
         self._load_adapter(folder)
-        self._add_reference_adapter()
+        self._add_reference_adapter()  # which looks for the layers anew
         self._started_from_adapter = True
 
     def _modules(self) -> Mapping[str, Any]:

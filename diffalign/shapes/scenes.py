@@ -323,15 +323,18 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
 def coverage(shape: str, x: float, y: float, size: float) -> NDArray[np.float32]:
     """How much of each pixel a shape covers, [64, 64] in [0, 1]; centre and size in pixels."""
     scale = _OVERSAMPLING
-    canvas = Image.new("L", (IMAGE_SIZE * scale, IMAGE_SIZE * scale))
+    left, top, side = int(x - size / 2) - 1, int(y - size / 2) - 1, int(size) + 4
+    if min(left, top) < 0 or max(left, top) + side > IMAGE_SIZE:
+        left, top, side = 0, 0, IMAGE_SIZE
+    canvas = Image.new("L", (side * scale, side * scale))  # only the part around the shape, which is most of the time
     pen = ImageDraw.Draw(canvas)
     cx, cy, r = x * scale, y * scale, size * scale / 2
 
+    def at(dx: float, dy: float) -> tuple[int, int]:  # whole numbers, as Pillow makes them, wherever the part lies
+        return int(cx + dx * r) - left * scale, int(cy + dy * r) - top * scale
+
     def disc(dx: float, dy: float, radius: float, fill: int) -> None:
-        pen.ellipse(
-            [cx + (dx - radius) * r, cy + (dy - radius) * r, cx + (dx + radius) * r, cy + (dy + radius) * r],
-            fill=fill,
-        )
+        pen.ellipse([at(dx - radius, dy - radius), at(dx + radius, dy + radius)], fill=fill)
 
     if shape == "circle":
         disc(0, 0, 0.95, 255)
@@ -342,9 +345,10 @@ def coverage(shape: str, x: float, y: float, size: float) -> NDArray[np.float32]
         disc(0, 0, 1.0, 255)
         disc(0.55, 0, 0.82, 0)
     else:
-        pen.polygon([(cx + a * r, cy + b * r) for a, b in _polygon(shape)], fill=255)
-    small = canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255.0
+        pen.polygon([at(a, b) for a, b in _polygon(shape)], fill=255)
+    covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    covered[top : top + side, left : left + side] = np.asarray(canvas.resize((side, side), Image.Resampling.BOX))
+    return covered / 255.0
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:

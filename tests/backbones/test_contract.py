@@ -7,6 +7,7 @@ missing time id or a wrong mask.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +29,32 @@ STEPS = 3
 
 
 class Tiny:
-    """One family's folder, its plain policy, and fresh ones."""
+    """One family's folder, its plain policy, a trained one with its adapter's file, and fresh ones."""
 
     def __init__(self, family: Family, folder: Path) -> None:
-        self.family, self.folder = family, folder
+        self.family, self.folder, self.adapter = family, folder / "pipeline", folder / "adapter"
+        family.save(self.folder)
         self.base = self.load()
+        self._drawn: dict[float, Tensor] = {}
 
-    def load(self, **options: Any) -> Any:
+    def load(self, **how: Any) -> Any:
         video = {"num_frames": self.family.num_frames} if self.family.num_frames > 1 else {}
-        return load_policy(str(self.folder), size=self.family.size, **video, **options)
+        return load_policy(str(self.folder), size=self.family.size, options=self.family.options, **video, **how)
+
+    @functools.cached_property
+    def trained(self) -> Any:
+        """A policy whose adapter is not the reference any more, as it was saved in `adapter`; not to be changed."""
+        policy = self.load(lora=LoRA(rank=2, alpha=6.0), train=True)
+        move_away(policy)
+        policy.save_trained(self.adapter)
+        return policy
+
+    def drawn(self, guidance: float) -> Tensor:
+        """What the plain policy draws for `PROMPTS` with seeds 0, 1."""
+        if guidance not in self._drawn:
+            options = {"guidance_scale": guidance, "num_inference_steps": STEPS}
+            self._drawn[guidance] = self.sample(self.base, PROMPTS, [0, 1], **options)
+        return self._drawn[guidance]
 
     def pipeline(self) -> Any:
         kind = getattr(diffusers, self.family.pipeline_class)
@@ -90,9 +108,7 @@ class Tiny:
 @pytest.fixture(scope="module", params=FAMILIES, ids=str)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     family: Family = request.param
-    folder = tmp_path_factory.mktemp(family.name) / "pipeline"
-    family.save(folder)
-    return Tiny(family, folder)
+    return Tiny(family, tmp_path_factory.mktemp(family.name))
 
 
 def some_timesteps(policy: Any) -> Tensor:
@@ -199,7 +215,7 @@ def check_steps(tiny: Tiny, scheduler: Any, seen: Sequence[Any], policy: Any, ne
 
 def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> None:
     guidance = tiny.family.guidance_on or tiny.family.guidance_off
-    drawn = tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    drawn = tiny.drawn(guidance)
     torch.testing.assert_close(drawn, tiny.draw(tiny.pipeline(), guidance), rtol=0, atol=1e-5)
     torch.rand(3)
     assert torch.equal(
@@ -211,36 +227,31 @@ def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> No
     assert not torch.allclose(other[0], drawn[1], atol=1e-4)
 
 
-def test_a_negative_model_is_the_unconditional_branch(
-    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_negative_model_is_the_unconditional_branch(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     """Check 7.5.2: the same weights change nothing, others take the empty prompt's part alone, and none at scale 1."""
-    family, policy, guidance = tiny.family, tiny.load(), tiny.family.guidance_on
-    other = tiny.load(lora=LoRA(rank=2), train=True)
-    move_away(other)
-    other.save_trained(tmp_path)
+    family, policy, guidance, other = tiny.family, tiny.load(), tiny.family.guidance_on, tiny.trained
     if guidance is None:
         with pytest.raises(ValueError, match="draws without an unconditional branch"):
-            policy.put_negative(tmp_path)
+            policy.put_negative(tiny.adapter)
         return
 
     def sample(scale: float, **options: Any) -> Tensor:
         return tiny.sample(policy, PROMPTS, [0, 1], guidance_scale=scale, num_inference_steps=STEPS, **options)
 
-    usual = sample(guidance)
-    policy.put_negative(tmp_path, scale=0.0)
+    usual = tiny.drawn(guidance)
+    policy.put_negative(tiny.adapter, scale=0.0)
     torch.testing.assert_close(sample(guidance, negative=True), usual, rtol=0, atol=1e-4)
-    policy.put_negative(tmp_path)
+    policy.put_negative(tiny.adapter)
     scheduler = policy.pipeline.scheduler
     seen, step = record_steps(family, policy.pipeline), scheduler.step
     changed = sample(guidance, negative=True)
     assert step is scheduler.step
     del scheduler.step
-    check_steps(tiny, scheduler, seen, tiny.base, tiny.load(adapter=tmp_path))
+    check_steps(tiny, scheduler, seen, tiny.base, other)
     assert not torch.allclose(changed, usual, atol=1e-4)
     assert torch.equal(sample(guidance), usual)  # nothing of it is left behind
     assert "guidance is off" not in caplog.text
-    assert torch.equal(sample(family.guidance_off, negative=True), sample(family.guidance_off))
+    assert torch.equal(sample(family.guidance_off, negative=True), tiny.drawn(family.guidance_off))
     assert "guidance is off: the negative model was not asked" in caplog.text
 
 
@@ -311,33 +322,32 @@ def test_training_lowers_the_loss_of_a_fixed_pair(tiny: Tiny, lora: LoRA | None)
     assert losses[-1] < losses[0] - 1e-4
 
 
-def test_trained_weights_go_through_their_file(tiny: Tiny, tmp_path: Path) -> None:
+def test_trained_weights_go_through_their_file(tiny: Tiny) -> None:
     """The LoRA file, read by plain diffusers and by a fresh policy, draws what the trained policy draws."""
-    policy = tiny.load(lora=LoRA(rank=2, alpha=6.0), train=True)
-    move_away(policy)
-    policy.save_trained(tmp_path)
     guidance = tiny.family.guidance_off
-    expected = tiny.sample(policy, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
-    untrained = tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
-    assert not torch.allclose(expected, untrained, atol=1e-4)
-    fresh = tiny.load(adapter=tmp_path)
+    expected = tiny.sample(tiny.trained, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
+    assert not torch.allclose(expected, tiny.drawn(guidance), atol=1e-4)
+    fresh = tiny.load(adapter=tiny.adapter)
     drawn = tiny.sample(fresh, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
     if tiny.family.has_lora_loader:
         pipeline = tiny.pipeline()
-        tiny.family.load_lora(pipeline, tmp_path)
+        tiny.family.load_lora(pipeline, tiny.adapter)
         torch.testing.assert_close(tiny.draw(pipeline, guidance), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=6.0), None], ids=["lora", "full"])
-def test_training_goes_on_from_trained_weights(tiny: Tiny, tmp_path: Path, lora: LoRA | None) -> None:
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_training_goes_on_from_trained_weights(tiny: Tiny, tmp_path: Path, lora: bool) -> None:
     """Policy and reference start as the given weights, exactly; what is saved fits the original base model."""
-    first = tiny.load(lora=lora, train=True)
-    move_away(first, 0.1 if lora else 0.01)
-    first.save_trained(tmp_path / "first")
+    if lora:
+        first, folder = tiny.trained, tiny.adapter
+    else:
+        first, folder = tiny.load(train=True), tmp_path / "first"
+        move_away(first, 0.01)
+        first.save_trained(folder)
     arguments = (tiny.latents(), some_timesteps(first), first.encode_prompts(PROMPTS))
-    policy = tiny.load(start=tmp_path / "first", train=True)
+    policy = tiny.load(start=folder, train=True)
     with torch.no_grad():
         expected = first.predict(*arguments)
         assert not torch.equal(expected, tiny.base.predict(*arguments))
@@ -362,7 +372,7 @@ def test_training_goes_on_from_trained_weights(tiny: Tiny, tmp_path: Path, lora:
     with torch.no_grad():
         alone = tiny.load(adapter=tmp_path / "second")
         torch.testing.assert_close(alone.predict(*arguments), moved)
-        compared = tiny.load(start=tmp_path / "first", adapter=tmp_path / "second")
+        compared = tiny.load(start=folder, adapter=tmp_path / "second")
         torch.testing.assert_close(compared.predict(*arguments), moved)
         assert torch.equal(compared.frozen().predict(*arguments), expected)
 

@@ -169,6 +169,7 @@ def test_a_run_that_went_on_from_an_adapter_counts_from_there(
         policy.put_negative(run)
 
 
+@pytest.mark.slow
 def test_a_policy_under_training_keeps_what_it_trains(
     tiny_pipeline: Path, weights: dict[str, Path], batches: Any
 ) -> None:
@@ -223,6 +224,7 @@ def test_what_files_hold_is_told_by_their_content(
     assert len(set(digests)) == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_one_line(tiny_pipeline: Path, weights: dict[str, Path], tmp_path: Path) -> None:
     source = inspect_model(str(tiny_pipeline))
     pickle = tmp_path / "unet.bin"

@@ -85,6 +85,7 @@ def test_dropped_captions_are_encoded_and_guidance_has_zeros(base: Any, refiner:
     assert torch.equal(own["hidden"], refiner.encode_prompts([""]).tensors["hidden"])
 
 
+@pytest.mark.slow
 def test_drawing_tells_the_unet_the_exact_size(base_folder: Path) -> None:
     """1000 + 2 has no bfloat16, and the drawn pictures are those of the network that `predict` calls."""
     policy: Any = load_policy(str(base_folder), size=(1002, 16), dtype=torch.bfloat16)

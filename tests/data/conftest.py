@@ -15,6 +15,11 @@ from torch import Tensor
 
 from diffalign.batches import Conditioning, Moments
 from diffalign.data import ImageSource, Pair
+from tests.read_once import Mould
+
+
+def nothing() -> None:
+    """What happens before pictures are encoded, unless a test says otherwise."""
 
 
 class TinyEncoder:
@@ -35,7 +40,7 @@ class TinyEncoder:
             self.vae = build_vae().eval()
         self.max_tokens = self.tokenizer.model_max_length
         self.calls = 0
-        self.before_encode: Callable[[], None] = lambda: None
+        self.before_encode: Callable[[], None] = nothing
 
     def encode(self, images: Tensor) -> Moments:
         self.calls += 1
@@ -96,9 +101,15 @@ def tiny_encoder_class() -> type[TinyEncoder]:
     return TinyEncoder
 
 
+@pytest.fixture(scope="session")
+def encoder_mould() -> Mould:
+    return Mould(TinyEncoder())
+
+
 @pytest.fixture
-def encoder() -> TinyEncoder:
-    return TinyEncoder()
+def encoder(encoder_mould: Mould) -> TinyEncoder:
+    own: TinyEncoder = encoder_mould.copy()
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import textwrap
+import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from diffalign.data.disk import write_whole
 from diffalign.data.images import pixels, to_unit_range
 from diffalign.processes import Processes
 from diffalign.randomness import Draw
+from tests.forks import Forks
 from tests.threads import together
 
 CONFIG = DataConfig(dataset_name="in memory", encode_batch_size=3)
@@ -291,55 +291,35 @@ def test_several_share_a_stream_and_one_goes_on(helpers: Any, encoder: Any, tmp_
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-KILLED = textwrap.dedent(
-    """
-    import os, runpy, signal, sys
-    from pathlib import Path
+def encode_and_die(tools_file: Path, root: Path, stage: str = "", number: int = 0) -> None:
+    """Encodes in a process that dies at the `number`-th call of a stage."""
+    tools, left = runpy.run_path(str(tools_file)), number
+    encoder = tools["TinyEncoder"]()
 
-    import torch
+    def maybe_die(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    tools = runpy.run_path(sys.argv[1])
-    from diffalign.data import DataConfig, PairList, encode_pairs
-
-    encoder = tools["TinyEncoder"]()
+    if stage == "encode":
+        encoder.before_encode = maybe_die
+    if stage == "write":
+        os.fsync = maybe_die
     config = DataConfig(dataset_name="in memory", encode_batch_size=3)
-
-
-    def encode(root, stage="", number=0):
-        left = number
-
-        def maybe_die(*_):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        child = os.fork()
-        if child == 0:
-            if stage == "encode":
-                encoder.before_encode = maybe_die
-            if stage == "write":
-                os.fsync = maybe_die
-            encode_pairs(PairList(tools["make_pairs"](12)), encoder, config, Path(root), shard_size=3)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-    codes = [encode("whole")]
-    codes += [encode("cut", *death) for death in (("encode", 4), ("write", 2), ("write", 3), ("encode", 2))]
-    print(*codes, encode("cut"))
-    """
-)
+    encode_pairs(PairList(tools["make_pairs"](12)), encoder, config, root, shard_size=3)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_cache_ends_with_the_same_bytes(helpers: Any, tmp_path: Path) -> None:
-    (tmp_path / "killed.py").write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "killed.py", str(helpers.conftest)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["0", "-9", "-9", "-9", "-9", "0"], done.stderr
+def test_killed_at_any_moment_the_cache_ends_with_the_same_bytes(helpers: Any, forks: Forks, tmp_path: Path) -> None:
+    def encode(root: str, *death: Any) -> int:
+        started = forks.start(encode_and_die, helpers.conftest, tmp_path / root, *death)
+        return started.wait()[0].code
+
+    codes = [encode("whole")]
+    codes += [encode("cut", *death) for death in (("encode", 4), ("write", 2), ("write", 3), ("encode", 2))]
+    assert [*codes, encode("cut")] == [0, -9, -9, -9, -9, 0]
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
     assert whole == cut
     assert len([name for name in whole if name.startswith("shard")]) == 4

@@ -194,3 +194,29 @@ def test_spread_over_runs():
         {"mean": 3.0, "sd": math.sqrt(7), "min": 1.0, "max": 6.0}
     )
     assert statistics.spread([2.0])["sd"] is None
+
+
+def test_agreement_of_a_judge_with_itself():
+    first, second = ["a", "a", "b", "b", "tie", None], ["a", "b", "b", "b", None, "a"]
+    found = statistics.agreement(first, second)
+    assert (found.share, found.n, found.n_missing) == (0.75, 4, 2)
+    assert found.ci95 == statistics.wilson_interval(0.75, 4)
+    assert found.kappa == pytest.approx((0.75 - (0.5 * 0.25 + 0.5 * 0.75)) / (1 - 0.5))
+    assert statistics.agreement([True, False], [True, False]).kappa == 1.0
+    assert statistics.agreement([1, 1], [1, 1]).kappa is None
+    with pytest.raises(ValueError, match="two verdicts on each item, got 1 and 2"):
+        statistics.agreement([1], [1, 2])
+    with pytest.raises(ValueError, match="none of 2 items"):
+        statistics.agreement([None, 1], [1, None])
+
+
+def test_the_subset_that_is_judged_twice():
+    names = [f"case-{i}" for i in range(95)]
+    chosen = statistics.repeated_subset(names)
+    assert len(chosen) == 10
+    assert chosen == sorted(chosen, key=names.index)
+    assert statistics.repeated_subset(names[::-1]) == chosen[::-1]
+    assert statistics.repeated_subset(names, seed=1) != chosen
+    assert statistics.repeated_subset(["one"]) == ["one"]
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        statistics.repeated_subset(names, 0)

@@ -153,7 +153,7 @@ def build(
     Args:
         case: What to build.
         folder: Where its family's tiny pipeline is saved.
-        mode: "lora" or "full".
+        mode: "lora", "full", or "none" where nothing is trained.
         tiny: Keep the tiny denoiser and its sizes, to try the code without an accelerator.
         dtype: Of the frozen weights; those of "full" are float32, with a frozen copy in `dtype`.
         device: Where to build it.
@@ -186,7 +186,7 @@ def build(
         pipeline if device.type == "meta" else pipeline.to(device),
         source,
         lora=LoRA(rank=8) if mode == "lora" else None,
-        train=True,
+        train=mode != "none",
         reference_dtype=dtype if mode == "full" else None,
         size=size,
         num_frames=frames if frames > 1 else None,

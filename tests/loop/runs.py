@@ -1,8 +1,8 @@
 """Training runs in processes of their own, for tests that kill them or share them out; no test by itself.
 
-`python runs.py chains JSON` imports everything once and forks a child per attempt; the attempts of a chain train in the
-same folder, one after the other, until they are killed, terminated or done. `runs.py together JSON` is for
-`torch.distributed.run`: several runs of the same processes.
+`chains` forks a child per attempt; the attempts of a chain train in the same folder, one after another, until they are
+killed, terminated or done. `together` is for processes that were started together: several runs of the same ones. Both
+are called in a process of their own; see tests/forks.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from diffalign.data import DataConfig, PairSource, encode_pairs, load_pairs
 from diffalign.loop import NonFiniteLossError, fit, make_accelerator
 from diffalign.monitor import MetricsFile
 from diffalign.trainers.diffusion_dpo import DiffusionDPO
+from tests.forks import launcher_environment
 
 torch.set_num_threads(1)
 
@@ -125,7 +125,7 @@ def train(
 
 
 def together(run: dict[str, Any], training: dict[str, Any], root: str) -> None:
-    """Several runs of the processes that `torch.distributed.run` started, one after the other in `root/<name>`."""
+    """Several runs of the processes that were started together, one after the other in `root/<name>`."""
     folder = Path(root)
     accelerator = make_accelerator(TrainingConfig(**training, output_dir=str(folder / "ddp"), report_to="tensorboard"))
 
@@ -238,15 +238,8 @@ def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
     lines = Path(run["training"]["output_dir"]) / "metrics.jsonl"
     before = lines.stat().st_size if lines.exists() else 0
     count = how.get("processes", 1)
-    places: list[dict[str, str]] = [{}]
-    if count > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        places = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
     children = []
-    for place in places:
+    for place in launcher_environment(count):
         pid = os.fork()
         if pid == 0:
             child(run, how, place)
@@ -280,7 +273,3 @@ def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, An
             drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}
             statuses[name].append(attempt(here, {**how, **drawn}))
     (Path(root) / "statuses.json").write_text(json.dumps(statuses))
-
-
-if __name__ == "__main__":
-    {"chains": chains, "together": together}[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -18,7 +18,8 @@ from diffalign.loop import NonFiniteLossError, fit
 from tests.loop.results import Changed, column, rows, same
 
 
-@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_names_the_pair_and_can_be_replayed(start: Any, value: float) -> None:
     spoilt: list[str] = []
 

@@ -48,6 +48,7 @@ def test_a_run_learns_and_leaves_what_it_should(start: Any) -> None:
     assert same(trained_file(folder), trained_file(folder / "checkpoint-25"))
 
 
+@pytest.mark.slow
 def test_every_step_logs_everything_and_means_over_the_whole_step(start: Any) -> None:
     trainer, source, config = start(gradient_accumulation_steps=2, per_device_train_batch_size=2)
     seen: list[dict[str, float]] = []

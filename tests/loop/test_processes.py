@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,14 @@ import torch
 
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.data import EncodedPairs
+from tests.forks import Forks
+from tests.loop import runs
 from tests.loop.results import MANDATORY, column, optimizer_state, rows, same, trained_file, weights_file
-
-RUNS = Path(__file__).with_name("runs.py")
-
-
-def launch(*command: str, **arguments: Any) -> None:
-    """Runs `runs.py` in a process of its own."""
-    root = str(RUNS.parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *command, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
-    tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
+    tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, forks: Forks, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle of every kind of write, at random moments, and SIGTERM: all numbers stay, bit for bit."""
     points = [
@@ -58,8 +46,8 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
             two,
         ],
     }
-    launch(
-        *(str(RUNS), "chains"),
+    forks.run(
+        runs.chains,
         run={"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache)},
         root=str(tmp_path),
         attempts=attempts,
@@ -91,7 +79,7 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_doubled_batch(
-    tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, tmp_path: Path
+    tiny_pipeline: Path, pair_folder: Path, encoded: EncodedPairs, cache: Path, forks: Forks, tmp_path: Path
 ) -> None:
     """DDP and FSDP2, adapters and all weights, float64 throughout: only the order of summation differs.
 
@@ -107,14 +95,7 @@ def test_two_processes_are_one_with_the_doubled_batch(
         "use_ema": True,
     }
     run = {"model": str(tiny_pipeline), "data": str(pair_folder), "cache": str(cache), "double": True}
-    launch(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RUNS), "together"),
-        run=run,
-        training=training,
-        root=str(tmp_path),
-    )
-    from tests.loop import runs
-
+    forks.run(runs.together, run=run, training=training, root=str(tmp_path), processes=2)
     doubled = {**training, "per_device_train_batch_size": 2}
     one, full = tmp_path / "one", tmp_path / "one_full"
     runs.train(**run, training={**doubled, "output_dir": str(one)})

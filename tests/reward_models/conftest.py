@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,21 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def hps_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_hps(tmp_path_factory.mktemp("hps"))
+
+
+@pytest.fixture(scope="session")
+def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.reward_models.test_image_reward import save_published
+
+    return save_published(tmp_path_factory.mktemp("blip"))
+
+
+@pytest.fixture(scope="session")
+def section(clip_folder: Path, hps_folder: Path, blip_folder: Path, shapes_folder: Path) -> Callable[..., Any]:
+    """Sections `reward` of configurations by the scorers' names; see tests/reward_models/scorer_training.py."""
+    from tests.reward_models.scorer_training import sections
+
+    return sections(clip_folder, hps_folder, OPEN_CLIP_CONFIG, blip_folder, shapes_folder)
 
 
 def photo(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
 from diffalign import plugins
 from diffalign.cli import cli
-from diffalign.reward_models import _ALIASES, reward_model_info, reward_model_names
+from diffalign.reward_models import _ALIASES, load_reward_model, reward_model_info, reward_model_names
 
 
 def test_every_model_and_further_name_is_known():
@@ -28,14 +29,59 @@ def test_rewards_lists_all_of_them():
     for name, entry in entries.items():
         info = reward_model_info(name)
         assert entry["dims"] == list(info.dims)
-        assert entry["kind"] == sorted(info.kind)
+        assert set(info.kind) <= set(entry["kind"])
         assert entry["differentiable"] is info.differentiable
         assert entry["license"] == info.license != ""
         assert [spec["filename"] for spec in entry["weights"]] == [spec.filename for spec in info.weights]
     lines = CliRunner().invoke(cli, ["rewards"]).output.splitlines()
-    assert lines[0].split() == ["name", "kind", "dimensions", "licence", "memory", "differentiable", "generative"]
+    assert lines[0].split() == [
+        *("name", "kind", "dims", "memory", "differentiable", "generative", "licence", "of", "the", "weights")
+    ]
     pickscore = next(line for line in lines if line.startswith("pickscore "))
-    assert pickscore.split() == ["pickscore", "image", "overall", "MIT", "4.5", "GB", "yes", "no"]
+    assert pickscore.split() == ["pickscore", "image", "1", "4.5", "GB", "yes", "no", "MIT"]
     assert any("yuvalkirstain/PickScore_v1: model.safetensors" in line for line in lines)
     assert any("hpsv2.0, hpsv2.1" in line for line in lines)
+    assert any(line.startswith("vision_reward") and "image, video" in line for line in lines)
+    assert any(line.endswith("alignment, q00 to q29, overall") for line in lines)
+    assert max(map(len, lines[: len(entries) + 1])) < 150
     assert all(any(line.startswith(name) for line in lines) for name in entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hpsv2.0", {"name": "hpsv2.0", "nominal_range": (0.23, 0.29)}),
+        ("clipscore-logit", {"name": "clipscore-logit", "tau": 1.0}),
+        ("geneval-strict", {"name": "geneval-strict", "dims": ("official", "dense", "strict")}),
+        ("jpeg_incompressibility", {"name": "jpeg_incompressibility"}),
+        ("mps-aesthetics", {"name": "mps-aesthetics", "dims": ("aesthetics",)}),
+        ("laion_aesthetic-ava+logos", {"name": "laion_aesthetic-ava+logos"}),
+        ("video_score-1.0", {"name": "video_score-1.0", "kind": {"video"}}),
+        ("vision_reward-video", {"name": "vision_reward-video", "kind": {"video"}, "nominal_range": (-0.217, 0.217)}),
+        ("unified_reward-pair_video", {"pairwise_native": True, "kind": {"video"}}),
+        ("win_rate(unified_reward-pair_video)", {"groupwise": True, "kind": {"video"}}),
+        ("vision_reward-video+video_score-1.0", {"kind": {"video"}}),
+        ("group_zscore", {"groupwise": True}),
+        ("weighted", {"name": "weighted"}),
+    ],
+)
+def test_versions_are_known_before_they_are_loaded(name, expected):
+    info = reward_model_info(name)
+    assert {field: getattr(info, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hpsv3++", "reward model 'hpsv3++' is not included: its authors state no licence"),
+        ("HPSv3PlusPlus", "use hpsv3"),
+        ("aesthetic_v2.5", "AGPL-3.0"),
+        ("video_score-qwen2_vl", "use video_score-1.1"),
+    ],
+)
+def test_models_that_are_left_out_say_why(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_reward_model(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="unknown|not included"):
+        reward_model_info(name)

@@ -77,6 +77,41 @@ def test_answers_do_not_depend_on_their_neighbours(vlm):
     assert vlm.answer(questions) == [vlm.answer([question])[0] for question in questions]
 
 
+CHECKLIST = ("Is it red?", "Is it round, and is it large?", "Is it red?", "Is", "")
+
+
+@pytest.mark.parametrize("images", [(noise(),), (noise(seed=1), noise(60, 30, seed=2))], ids=["one", "two"])
+def test_pictures_of_a_checklist_pass_the_model_once(vlm, images, request):
+    """Equal to questions asked alone; the last is a part of the others, and one is asked twice."""
+    seen: list[int] = []
+    request.addfinalizer(vlm.model.model.visual.register_forward_hook(lambda *_: seen.append(1)).remove)
+    for tokens, words in ((1, ("Yes", "No")), (4, ())):
+        questions = [Question(text, images, tokens, words) for text in CHECKLIST]
+        alone = [vlm.answer([question])[0] for question in questions]
+        assert len(seen) == len(CHECKLIST)
+        seen.clear()
+        together = vlm.answer([Question("Is it red?", (noise(seed=9),), tokens, words), *questions])[1:]
+        assert len(seen) == 2  # the other picture, and these
+        seen.clear()
+        assert [answer.text for answer in together] == [answer.text for answer in alone]
+        assert [answer.finished for answer in together] == [answer.finished for answer in alone]
+        for found, expected in zip(together, alone, strict=True):
+            assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
+def test_pictures_behind_the_text_are_looked_at_for_each_question(folder, vlm, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    template = (copy / "chat_template.jinja").read_text()
+    before = "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    start = template.index("{% for c in m['content'] %}")
+    (copy / "chat_template.jinja").write_text(template[:start] + before + template[start:])
+    other = LocalVLM(INFO, copy, device="cpu")
+    images = (noise(),)
+    questions = [Question(text, images, 1, ("Yes", "No")) for text in CHECKLIST]
+    assert other.answer(questions) == [other.answer([question])[0] for question in questions]
+    assert other.answer(questions) != vlm.answer(questions)
+
+
 def test_the_end_is_noticed(folder, vlm, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")

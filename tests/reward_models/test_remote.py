@@ -29,7 +29,7 @@ from diffalign.reward_models import RewardInfo, RewardModel, ShapesScore, Weight
 from diffalign.reward_models.base import Scores
 from diffalign.reward_models.media import Media, Video, read_clip
 from diffalign.reward_models.remote import TOKEN_ENV
-from diffalign.reward_models.server import Worker, build_app, check_access
+from diffalign.reward_models.server import Worker, _Refused, build_app, check_access
 from diffalign.reward_models.wire import Limits
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
@@ -206,6 +206,50 @@ def test_pixels_over_the_limit_and_other_content_are_not_decoded(port):
         assert result["valid"] is False
         assert result["dims"] == {"overall": None}
         assert message in result["error"], (message, result)
+
+
+def test_all_frames_of_a_clip_share_the_limit(port):
+    frame = b64(Image.new("RGB", (1000, 600), "white"))
+    items = {
+        "1000x600 is larger than the limit of 400000 pixels": {"frames_b64": [frame, frame]},
+        "frames_b64 must be a list of pictures": {"frames_b64": []},
+        "fps must be a positive number, got 0": {"frames_b64": [frame], "fps": 0},
+        "fps must be a positive number, got '8'": {"frames_b64": [frame], "fps": "8"},
+        "0.mp4: ": {"video_b64": base64.b64encode(b"no video").decode()},
+        "expected one of image_b64, video_b64": {"frames_b64": [frame], "video_b64": ""},
+    }
+    body = {"model": "brightness", "items": [*items.values(), {"frames_b64": [frame], "fps": 8}]}
+    status, content = ask(port, "POST", "/v1/score", body)
+    *bad, fine = content["results"]
+    assert (status, fine["valid"], fine["dims"]["mean"]) == (200, True, 1.0)
+    for message, result in zip(items, bad, strict=True):
+        assert (result["valid"], result["dims"]["mean"]) == (False, None)
+        assert message in result["error"]
+
+
+def test_a_client_that_does_not_send_what_it_announced_is_not_waited_for(port, monkeypatch):
+    monkeypatch.setattr("diffalign.reward_models.server.BODY_SECONDS", 0.1)
+    announced = {"Authorization": f"Bearer {TOKEN}", "Content-Length": "100"}
+    started = time.monotonic()
+    status, content = ask(port, "POST", "/v1/score", b"{", announced)
+    assert (status, content["error"]["message"]) == (408, "the request did not arrive within 0.1 s")
+    assert time.monotonic() - started < 10
+
+
+def test_more_than_can_wait_is_sent_away(monkeypatch):
+    monkeypatch.setattr("diffalign.reward_models.server.WAITING_ITEMS", 3)
+    worker = Worker({"brightness": Brightness()}, 8, Limits())
+    item = {"frames_b64": [b64(Image.new("RGB", (8, 8), "white"))]}
+    first = worker.submit("brightness", [item] * 2)
+    with pytest.raises(_Refused, match="2 items are waiting; come back later") as caught:
+        worker.submit("brightness", [item] * 2)
+    assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "2"})
+    second = worker.submit("brightness", [item])
+    worker.start()
+    assert [len(job.result(20)) for job in (first, second)] == [2, 1]
+    big = worker.submit("brightness", [item] * 5)  # alone, a request may have more
+    assert len(big.result(20)) == 5
+    worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -398,6 +442,15 @@ def test_other_answers_are_not_asked_for_again_and_are_no_score(status, content,
     assert not output.valid.any()
     assert message in str(output.errors[0])
     assert "\n" not in str(output.errors[0])
+    assert len(seen) == 1
+
+
+def test_an_answer_without_an_end_is_not_read_to_it(monkeypatch):
+    with answering(lambda handler, _: send(handler, 200, good(3))) as (address, seen):
+        model = connect(address)
+        monkeypatch.setattr("diffalign.reward_models.http_json.LARGEST_ANSWER", 40)
+        output = model.score(PICTURE, "p", on_invalid="nan")
+    assert output.errors[0] == "medium 0: the answer of 127.0.0.1 is longer than 40 bytes"
     assert len(seen) == 1
 
 

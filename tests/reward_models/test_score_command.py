@@ -1,11 +1,8 @@
-"""`diffalign score`: several models, every column, both kinds of output, and input that is broken in every way."""
+"""`diffalign score`: several models, every column, both kinds of output, and what it refuses."""
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffalign.cli import cli
-from diffalign.reward_models import RewardInfo, RewardModel, ShapesScore, score_index
+from diffalign.reward_models import RewardInfo, RewardModel, ShapesScore, load_reward_model, score_index
 from diffalign.reward_models.base import Scores
 from diffalign.reward_models.media import Media, to_rgb
 
@@ -66,24 +63,6 @@ def run(*arguments: object) -> Result:
 def rows_of(path: Path) -> dict[str, dict]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["id"]: row for row in rows}
-
-
-def bomb() -> bytes:
-    """The first bytes of a PNG of 60,000 x 60,000 pixels."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 @pytest.mark.slow
@@ -188,72 +167,26 @@ def test_threads_change_nothing(folder, shapes_folder):
         model.score(paths, "a")
 
 
-def broken(folder: Path, make_photo) -> dict[str, str | None]:
-    """Files of every bad kind; what the reason must say, None for those that are fine."""
-    photo = Image.fromarray(make_photo(64, 64))
-    (folder / "truncated.jpg").write_bytes(encoded(photo, "JPEG")[:900])
-    (folder / "bomb.png").write_bytes(bomb())
-    (folder / "grey16.png").write_bytes(encoded(Image.new("I;16", (8, 8), 40_000)))
-    (folder / "alpha.png").write_bytes(encoded(photo.convert("RGBA")))
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "long.png").write_bytes(encoded(photo))
-    for path in folder.glob("*.*"):
-        path.with_suffix(".txt").write_text("a prompt")
-    (folder / "long.txt").write_text("word " * 2000)
-    return {
-        "truncated.jpg": "cannot be read as a picture (image file is truncated",
-        "bomb.png": "exceeds limit",
-        "grey16.png": "expected an 8-bit picture, got PIL mode I;16",
-        "alpha.png": None,
-        "empty.mp4": "empty.mp4: shapes scores images, not videos",
-        "empty.png": "cannot be read as a picture",
-        "long.png": None,
-    }
-
-
-def test_broken_files_are_named_and_the_rest_is_scored(folder, shapes_folder, tmp_path, make_photo):
-    expected = broken(folder, make_photo)
-    out = tmp_path / "o.jsonl"
-    result = run(folder, "--reward", f"shapes={shapes_folder}", "--output", out, "--batch-size", 4)
-    assert result.exit_code == 0, result.output
-    rows = rows_of(out)
-    assert len(rows) == 7 + len(expected)
-    for name, reason in expected.items():
-        assert rows[name]["valid"] is (reason is None), name
-        assert (rows[name]["scores"]["shapes"] is None) is (reason is not None)
-        assert reason is None or reason in rows[name]["errors"]["shapes"]
-    assert all(rows[f"{i}.png"]["valid"] for i in range(7))
-    assert "5 rows without a score" in result.output
-    plain = ShapesScore(shapes_folder)([folder / "0.png"], "a prompt")
-    assert rows["0.png"]["scores"]["shapes"] == pytest.approx(plain.item(), rel=1e-5)
-
-
-def test_broken_bytes_in_parquet_are_named(folder, shapes_folder, tmp_path, make_photo):
-    expected = broken(folder, make_photo)
-    names = [name for name in expected if name.endswith("g")]
-    images = [{"bytes": (folder / name).read_bytes(), "path": name} for name in names]
-    pq.write_table(pa.table({"id": names, "image": images, "prompt": ["p"] * len(names)}), tmp_path / "in.parquet")
-    result = run(tmp_path / "in.parquet", "--reward", f"shapes={shapes_folder}", "--output", tmp_path / "o.jsonl")
-    assert result.exit_code == 0, result.output
-    for name, row in rows_of(tmp_path / "o.jsonl").items():
-        assert row["valid"] is (expected[name] is None), row
-
-
-def test_a_folder_without_prompts_is_refused_before_weights(folder, tmp_path):
-    for path in folder.glob("*.txt"):
-        path.unlink()
-    result = run(folder, "--reward", "shapes=/no/such/weights", "--output", tmp_path / "o.jsonl")
-    assert result.exit_code == 2
-    assert "holds no prompts, and shapes cannot score without; put the prompt of a.png into a.txt" in result.output
-    assert not (tmp_path / "o.jsonl").exists()
-    assert score_index(folder, [Judge()], tmp_path / "o.jsonl", progress=False).failed == 0  # which needs none
-
-
 def test_models_that_compare_media_are_refused_before_weights(folder, tmp_path):
-    result = run(folder, "--reward", "win_rate(shapes)", "--output", tmp_path / "o.jsonl")
-    assert result.exit_code == 2
-    assert "scores the media of one prompt against each other, not media one by one" in result.output
+    for name, what in {
+        "win_rate(shapes)": "the media of one prompt against each other",
+        "group_rank(shapes)": "the media of one prompt against each other",
+        "unified_reward-pair_image": "pairs",
+    }.items():
+        result = run(folder, "--reward", name, "--output", tmp_path / "o.jsonl")
+        assert result.exit_code == 2
+        assert f"{name} scores {what}, not media one by one" in result.output
+
+
+def test_groups_are_not_torn_by_batches(folder, shapes_folder, tmp_path):
+    """A rank among seven pictures of a prompt is another one than a rank among two of them."""
+    ranked = load_reward_model("grouped", of=[{"model": "shapes", "path": shapes_folder}], normalise="rank")
+    pair = Judge()
+    pair.info = replace(pair.info, pairwise_native=True)
+    for model in (ranked, pair):
+        with pytest.raises(ValueError, match=r"not media one by one, as rows are scored here; score what it is made"):
+            score_index(folder, [Judge("first"), model], tmp_path / "o.jsonl", batch_size=2, progress=False)
+    assert not list(tmp_path.glob("o.jsonl*"))
 
 
 def test_outputs_of_other_kinds_are_refused(folder, tmp_path):

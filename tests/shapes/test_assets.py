@@ -32,6 +32,7 @@ def test_the_pipeline_is_small_and_half_precision() -> None:
             assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_a_stock_one() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "pipeline", dtype=torch.float32, safety_checker=None)
     assert type(pipeline) is StableDiffusionPipeline

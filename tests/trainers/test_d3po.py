@@ -332,6 +332,7 @@ def test_loss_is_the_equations(tiny_pipeline: Path, policies: Any, step: int) ->
     assert abs(float(output.metrics["ratio_chosen"]) - 1) > 1e-6
 
 
+@pytest.mark.slow
 def test_every_adapter_tensor_gets_a_gradient(lora_policy: Any, policies: Any) -> None:
     """And the first step is a fresh adapter's: policy and reference are the same, so all ratios are exactly 1."""
     trainer = D3PO(lora_policy, num_inference_steps=3)

@@ -137,7 +137,8 @@ def test_18_cached_moments_give_what_encoding_on_the_fly_gives(lora_policy: Any,
 # --- 14, 15: accumulation, overfitting -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["float64", "float32"])
+@pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
+@pytest.mark.slow
 def test_14_eight_micro_batches_of_one_are_a_batch_of_eight(
     double: bool, tiny_pipeline: Path, batches: Batches, policies: Any
 ) -> None:

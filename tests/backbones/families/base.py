@@ -68,6 +68,7 @@ class Family:
         size: Height and width in pixels.
         num_frames: Of a video.
         load: Further arguments of `from_pretrained` for the plain pipeline.
+        options: What the policy is told; see `diffalign.backbones.options`.
         call: Further arguments of the pipeline's call, beside prompt, generator, steps, guidance, height and width.
         guidance_off: Value that switches guidance off.
         guidance_on: A value that switches it on; None where the family has no classifier-free guidance.
@@ -93,6 +94,7 @@ class Family:
     size: tuple[int, int]
     num_frames: int = 1
     load: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     guidance_off: float = 1.0
     guidance_on: float | None = 4.0
