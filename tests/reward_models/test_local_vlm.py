@@ -99,6 +99,15 @@ def test_pictures_of_a_checklist_pass_the_model_once(vlm, images, request):
             assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
+def test_the_last_token_of_equal_questions_is_not_shared(vlm):
+    """Its logits are the first of the answer, and a cache holds none."""
+    question = Question("Is it red?", (noise(),), 1, ("Yes", "No"))
+    (alone,) = vlm.answer([question])
+    for found in vlm.answer([question, question]):
+        assert found.text == alone.text
+        assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
 def test_pictures_behind_the_text_are_looked_at_for_each_question(folder, vlm, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     template = (copy / "chat_template.jinja").read_text()
