@@ -323,7 +323,10 @@ def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...
 @click.option("--cmmd-weights", default=None, help="Folder or Hub id of CLIP ViT-L/14 at 336 pixels.")
 def evaluate_images(folder: str, against: str, metrics: tuple[str, ...], **options: Any) -> None:
     """Measure how far the pictures of FOLDER are from reference pictures: FID, CMMD."""
-    click.echo(_commands().evaluate_images(folder, against, metrics, **options))
+    _commands()
+    from diffalign.benchmarking import evaluate_images as body
+
+    click.echo(body(folder, against, metrics, **options))
 
 
 @cli.command()

@@ -15,6 +15,26 @@ from typing import Any, Literal
 Kind = Literal["trainers", "reward_models", "eval"]
 
 _NOUNS = {"trainers": "trainer", "reward_models": "reward model", "eval": "benchmark"}
+_PARTS = (
+    "_charts",
+    "_colors",
+    "_detector",
+    "_features",
+    "_files",
+    "_gallery",
+    "_graph",
+    "_heads",
+    "_measures",
+    "_models",
+    "_network",
+    "_prompts",
+    "_rules",
+    "_runs",
+    "_summary",
+    "_table",
+    "_words",
+)
+"""Endings of modules that are parts of a plugin, as `geneval_files` is of `geneval`."""
 _SHARED = {
     "answering",
     "base",
@@ -29,17 +49,8 @@ _SHARED = {
     "clip_towers",
     "compare",
     "comparison_source",
-    "fetched_files",
     "formulas",
-    "geneval_colors",
-    "geneval_detector",
-    "geneval_files",
-    "geneval_prompts",
-    "geneval_rules",
-    "geneval_table",
-    "hpdv2_table",
     "http_json",
-    "image_features",
     "image_quality",
     "inputs",
     "judge_answers",
@@ -48,54 +59,41 @@ _SHARED = {
     "judging",
     "local_vlm",
     "media",
-    "mps_network",
     "optical_flow",
     "pair_metrics",
-    "pal_heads",
     "pickled_modules",
     "pool",
     "preferences",
     "prompt_suites",
     "published_texts",
-    "qwen_heads",
     "report",
-    "report_charts",
-    "report_gallery",
-    "report_runs",
-    "report_summary",
     "reward_accuracy",
-    "reward_accuracy_table",
-    "reward_runs",
     "reward_suite",
     "runner",
-    "score_files",
     "score_journal",
     "scoring",
     "scoring_report",
     "server",
     "starting",
     "statistics",
-    "suite_files",
     "tables",
     "text_cache",
     "trainable",
     "trainable_hpsv3",
     "training",
-    "vbench_files",
-    "vbench_measures",
-    "vbench_prompts",
-    "vbench_table",
+    "vlm_judge",
     "weights",
     "win_rates",
     "wire",
 }
-"""Modules of the plugin folders that are no plugins themselves."""
+"""Other modules of the plugin folders that are no plugins themselves."""
 
 
 def available(kind: Kind) -> list[str]:
     """The names that `find` knows, sorted."""
     package = importlib.import_module(f"diffalign.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _SHARED)
+    names = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name for name in names if name not in _SHARED and not name.endswith(_PARTS))
 
 
 def find(kind: Kind, name: str) -> Any:

@@ -181,7 +181,7 @@ def test_plugins_are_classes_found_by_file_name(kind: plugins.Kind) -> None:
     bases = tuple(c for c in vars(base).values() if inspect.isclass(c) and c.__module__ == base.__name__)
     for name in names:
         module = importlib.import_module(f"diffalign.{kind}.{name}")
-        hint = f"{kind}/{name}.py is no plugin; a module that plugins share belongs in plugins._SHARED"
+        hint = f"{kind}/{name}.py is no plugin; name what plugins share in plugins._SHARED, or as plugins._PARTS end"
         assert hasattr(module, "__all__"), hint
         plugin = plugins.find(kind, name)
         assert inspect.isclass(plugin), hint

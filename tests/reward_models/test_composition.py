@@ -204,7 +204,7 @@ def test_names_are_told_from_formulas():
     assert read_name("majority_vote(a+b)") == ("majority_vote", {"of": "a+b"})
     assert read_name("majority_vote(a)+win_rate(b)")[0] == "weighted"
     # A variant's own name has a plus sign.
-    assert reward_model_info("laion_aesthetic-ava+logos").name == "laion_aesthetic"
+    assert reward_model_info("laion_aesthetic-ava+logos").name == "laion_aesthetic-ava+logos"
 
 
 @pytest.mark.parametrize(
