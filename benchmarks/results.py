@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CELLS = ROOT / "benchmarks" / "results" / "cells"
 DOCUMENT = ROOT / "docs" / "results.md"
 SEEDS = (0, 1, 2)
-CLIP_PAIRS = 240
-SCENE_PAIRS = 200
+RENDERED_PAIRS = {"scenes": 200, "many_scenes": 1500, "clips": 240}
+"""Folder -> how many pairs the renderer draws for it."""
 
 DATA = {
     "unet": "demo.yaml",
@@ -45,7 +45,12 @@ DATA = {
 }
 """Model, or model and method -> the config whose `pairs` it learns from."""
 
-RENDERED = {"unet/inpo": "scenes", "unet/diffusion_dpo_rendered": "scenes", "video": "clips"}
+RENDERED = {
+    "unet/inpo": "scenes",
+    "unet/diffusion_dpo_rendered": "scenes",
+    "flow/flow_nrg": "many_scenes",
+    "video": "clips",
+}
 """Model, or model and method -> what it learns from instead: pairs that the renderer draws."""
 
 METHODS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -191,9 +196,9 @@ def _data(cell: Cell, shared: Path, quick: bool) -> list[str]:
         from diffalign.shapes.clip_pairs import write_clip_pairs
         from diffalign.shapes.scene_pairs import write_scene_pairs
 
-        kind = RENDERED.get(name, RENDERED.get(cell.model))
-        write, count = (write_clip_pairs, CLIP_PAIRS) if kind == "clips" else (write_scene_pairs, SCENE_PAIRS)
-        count = 8 if quick else count
+        kind = RENDERED.get(name) or RENDERED[cell.model]
+        write = write_clip_pairs if kind == "clips" else write_scene_pairs
+        count = 8 if quick else RENDERED_PAIRS[kind]
         if not (shared / "pairs" / "index.jsonl").is_file():
             write(shared / "pairs", count, cell.seed)
         module = write.__module__

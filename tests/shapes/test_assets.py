@@ -14,6 +14,7 @@ from safetensors import safe_open
 from diffalign.backbones import load_policy
 from diffalign.eval import Shapes, ShapesVideo
 from diffalign.eval.shapes import to_judge_pixels
+from diffalign.noisy_rewards import SHIPPED, NoisyReward
 from diffalign.predictions import Prediction
 from diffalign.reward_models import ShapesScore
 from diffalign.shapes.clips import FRAMES, clip_prompts, judge_clip, parse_clip_prompt
@@ -145,3 +146,22 @@ def test_the_video_model_draws_what_is_asked_and_moves_it() -> None:
     seen = [judge_clip(to_judge_pixels(v), parse_clip_prompt(c.prompt)) for v, c in zip(videos, cases, strict=True)]
     assert sum(place is not None for verdict in seen for place in verdict.path) >= 44  # of 60 frames
     assert 6 <= sum(row.evidence["motion_correct"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_reward_on_noisy_latents_prefers_the_scene_that_was_asked_for() -> None:
+    """Of prompts it has not seen; at half the noise, where guidance acts."""
+    policy = load_policy("diffalign://shapes_flow")
+    reward = NoisyReward.from_pretrained(SHIPPED, policy)
+    generator = np.random.default_rng(5)
+    asked = [prompts("held_out", task)[i] for task in TASKS for i in generator.integers(10, size=8)]
+    right = [draw_scene(prompt, generator, tidy=True) for prompt in asked]
+    wrong = [spoil_scene(prompt, scene, generator) for prompt, scene in zip(asked, right, strict=True)]
+    pixels = torch.from_numpy(np.stack([render(scene) for scene in right + wrong])).permute(0, 3, 1, 2).float() / 255
+    latents = policy.encode(pixels).mean
+    noise = torch.randn(len(asked), *policy.latent_shape, generator=torch.Generator().manual_seed(5)).repeat(2, 1, 1, 1)
+    timesteps = policy.schedule.timesteps_at(torch.full((len(latents),), 0.5, dtype=torch.float64))
+    conditioning = policy.encode_prompts([prompt.text for prompt in asked] * 2)
+    with torch.no_grad():
+        found = reward(policy.schedule.add_noise(latents, noise, timesteps), timesteps, conditioning)[:, 0]
+    assert (found[: len(asked)] > found[len(asked) :]).float().mean() >= 0.85
