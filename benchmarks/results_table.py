@@ -84,7 +84,8 @@ def write_document(folder: Path, document: Path) -> None:
     for model, title in MODELS.items():
         methods = {method: seeds for (name, method), seeds in cells.items() if name == model}
         if methods:
-            parts += [f"## {title}", _methods(model, methods, notes), _by_task(methods)]
+            found = {method: _pooled({s: versus(c) for s, c in seeds.items()}) for method, seeds in methods.items()}
+            parts += [f"## {title}", _methods(model, methods, found, notes), _by_task(found)]
             parts += [_motions(methods)] if model == "video" else []
     claims = [line for claim in CLAIMS if (line := _claim(cells, *claim)) is not None]
     if claims:
@@ -113,14 +114,19 @@ def _pooled(seeds: Mapping[int, Run]) -> Comparison:
     return pool({f"seed {seed}": run for seed, run in sorted(seeds.items())}).pooled
 
 
-def _methods(model: str, methods: Mapping[str, Mapping[int, Mapping[str, Any]]], notes: Mapping[str, str]) -> str:
+def _methods(
+    model: str,
+    methods: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    found: Mapping[str, Comparison],
+    notes: Mapping[str, str],
+) -> str:
     lines = [
         "| method | seeds | judge, base to aligned | judge, points | wins under the scorer | forward passes | seconds "
         "| verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, seeds in methods.items():
-        comparison = _pooled({seed: versus(cell) for seed, cell in seeds.items()})
+        comparison = found[method]
         base, aligned, gain = (comparison.judge(side) for side in ("base", "aligned", "difference"))
         lines.append(
             f"| `{method}` | {', '.join(map(str, sorted(seeds)))} | {_share(base)} to {_share(aligned)} "
@@ -131,8 +137,8 @@ def _methods(model: str, methods: Mapping[str, Mapping[int, Mapping[str, Any]]],
     return "\n".join([*lines, *(["", *remarks] if remarks else [])])
 
 
-def _by_task(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
-    tables = {m: _pooled({s: versus(c) for s, c in seeds.items()}).groups for m, seeds in methods.items()}
+def _by_task(found: Mapping[str, Comparison]) -> str:
+    tables = {method: comparison.groups for method, comparison in found.items()}
     tasks = list(dict.fromkeys(task for groups in tables.values() for task in groups))
     lines = ["Judge by task, points:", "", f"| method | {' | '.join(tasks)} |", f"| --- |{' --- |' * len(tasks)}"]
     for method, groups in tables.items():
