@@ -48,6 +48,7 @@ DATA = {
 RENDERED = {
     "unet/inpo": "scenes",
     "unet/diffusion_dpo_rendered": "scenes",
+    "flow/flow_dpo_rendered": "scenes",
     "flow/flow_nrg": "many_scenes",
     "video": "clips",
 }
@@ -66,6 +67,7 @@ METHODS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     },
     "flow": {
         "flow_dpo": ("shapes_flow_dpo.yaml", ()),
+        "flow_dpo_rendered": ("shapes_flow_dpo.yaml", ()),
         "flow_dpo_time_weighted": ("shapes_flow_dpo.yaml", ("trainer.beta_schedule=timestep",)),
         "sft": (
             "shapes_flow_dpo.yaml",

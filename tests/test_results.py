@@ -14,6 +14,7 @@ from diffalign.config import load_config, trainer_settings
 def test_every_cell_names_a_config_of_its_method() -> None:
     known = {
         "flow_dpo_time_weighted": "flow_dpo",
+        "flow_dpo_rendered": "flow_dpo",
         "flow_nrg": "diffusion_dpo",
         "diffusion_dpo_rendered": "diffusion_dpo",
     }
