@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from diffalign.batches import Conditioning
 from diffalign.data import PairSource
 
 PARTS = ("images", "text", "reference", "policy", "backward", "optimizer")
@@ -79,7 +80,7 @@ class PlainStep:
         kept = self.alphas_cumprod[timesteps][:, None, None, None]
         noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
         with self._clock("reference"), torch.no_grad():
-            conditioning = _conditioning(hidden)
+            conditioning = Conditioning({"hidden": hidden})
             reference = self._errors(self.reference.predict(noisy, timesteps, conditioning), noise)
         with self._clock("policy"):
             errors = self._errors(self.policy.predict(noisy, timesteps, conditioning), noise)
@@ -101,9 +102,3 @@ class PlainStep:
     @staticmethod
     def _errors(prediction: Tensor, noise: Tensor) -> Tensor:
         return (prediction - noise).square().mean((1, 2, 3))
-
-
-def _conditioning(hidden: Tensor) -> Any:
-    from diffalign.batches import Conditioning
-
-    return Conditioning({"hidden": hidden})

@@ -18,7 +18,7 @@ import torch
 from diffalign.benchmark_models import PICTURES, Asked, Side, check_model, draw_side, free_memory, recall_side
 from diffalign.benchmark_options import Opened, open_benchmarks
 from diffalign.config import ConfigError
-from diffalign.configured import pick_device
+from diffalign.devices import pick_device
 from diffalign.generation import SamplingConfig
 from diffalign.processes import Processes, launched
 from diffalign.prompts import read_prompts

@@ -28,7 +28,8 @@ from diffalign.config import (
     read_settings,
     trainer_settings,
 )
-from diffalign.configured import find_negative_model, load_model, pairs_folder, pick_device, picture_size
+from diffalign.configured import find_negative_model, load_model, pairs_folder, picture_size
+from diffalign.devices import pick_device
 from diffalign.generation import SamplingConfig, generate, make_requests, weights_fingerprint
 from diffalign.loop import Waiting
 from diffalign.media_checks import check_judges, check_media_settings, check_scorers

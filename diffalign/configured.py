@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +11,10 @@ from diffalign.backbones import LoRA, ModelSource, load_policy
 from diffalign.backbones.negative_files import NegativeModel, find_negative
 from diffalign.config import ConfigError, ModelConfig, RunConfig
 from diffalign.data import DataConfig
+from diffalign.devices import pick_device
 from diffalign.generation import INDEX_FILE, SamplingConfig
 from diffalign.mining import SAMPLES_FILE
 from diffalign.policy import Policy
-
-
-def pick_device() -> str:
-    """The accelerator that is there, or the CPU; the processes of a machine take its GPUs in turn."""
-    if torch.cuda.is_available():
-        local = os.environ.get("LOCAL_RANK")
-        return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def picture_size(config: RunConfig) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ from diffalign.randomness import Draw
 from diffalign.references import INITIAL
 from diffalign.resumable import claim_folder, write_atomically
 from diffalign.schedules import DiscreteSchedule
-from diffalign.sharding import is_sharded
+from diffalign.sharding import refuse_sharded
 from diffalign.transitions import at_least_float32
 
 if TYPE_CHECKING:
@@ -133,11 +133,7 @@ class Inversions:
             ValueError: If the folder holds inversions of another origin, latents become infinite or not a number, or
                 the weights are spread over processes.
         """
-        if is_sharded(self.policy.denoiser):
-            raise ValueError(
-                "trainer.cache_inversion: each process inverts pairs by itself, which weights that are spread over "
-                "processes cannot do; train with DDP (configs/accelerate/ddp.yaml), or set it to false"
-            )
+        refuse_sharded(self.policy.denoiser, "trainer.cache_inversion: each process inverts pairs", "false")
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
         self._folder, self._settings["batch_size"] = folder, batch_size

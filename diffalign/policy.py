@@ -183,7 +183,9 @@ class Policy(ABC):
 
     def reference_fingerprint(self) -> str:
         """A hash of what the reference's answers and their meaning come from: weights, prediction, schedule."""
-        raise NotImplementedError(f"{type(self).__name__} cannot name its reference")
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot name its reference, which a cache needs; set trainer.reference to live"
+        )
 
     @abstractmethod
     def encoder_fingerprint(self) -> str:

@@ -13,6 +13,7 @@ beside the encoded pairs, under a fingerprint of all that the numbers depend on.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from diffalign.batches import PairBatch
 from diffalign.policy import Policy
 from diffalign.processes import Processes, launched
 from diffalign.resumable import claim_folder, write_atomically
-from diffalign.sharding import is_sharded
+from diffalign.sharding import refuse_sharded
 
 if TYPE_CHECKING:
     from diffalign.data import PairSource
@@ -100,11 +101,7 @@ class ReferenceErrors:
         Raises:
             ValueError: If an error is infinite or not a number, or the weights are spread over processes.
         """
-        if is_sharded(self.policy.denoiser):
-            raise ValueError(
-                "trainer.reference: each process computes the cached errors by itself, which weights that are spread "
-                "over processes cannot do; train with DDP (configs/accelerate/ddp.yaml), or set it to live"
-            )
+        refuse_sharded(self.policy.denoiser, "trainer.reference: each process computes the cached errors", "live")
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
         share = processes.share(processes.on_first(self._missing))
@@ -194,8 +191,6 @@ class ReferencedSource:
 
 
 def _to_npy(array: np.ndarray[Any, Any]) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffalign.configured import pick_device
+from diffalign.devices import pick_device
 from diffalign.named_options import read_options
 
 if TYPE_CHECKING:

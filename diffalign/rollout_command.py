@@ -13,7 +13,7 @@ from tqdm import tqdm
 from diffalign import checkpoints
 from diffalign.backbones.precision import DTYPES
 from diffalign.config import ConfigError, RunConfig, trainer_settings
-from diffalign.configured import pick_device
+from diffalign.devices import pick_device
 from diffalign.generation import IMAGE_FOLDER, VIDEO_FOLDER, NonFiniteImageError, to_png
 from diffalign.labelling_page import labelling_page
 from diffalign.processes import Processes, launched

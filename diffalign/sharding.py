@@ -20,6 +20,24 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def refuse_sharded(module: nn.Module, what: str, instead: str) -> None:
+    """Refuses to let each process by itself run weights that are spread over processes.
+
+    Args:
+        module: Whose weights are run.
+        what: The setting, and what each process does: "trainer.x: each process computes y".
+        instead: A value of the setting that needs no such run.
+
+    Raises:
+        ValueError: If `fully_shard` was applied to the module.
+    """
+    if is_sharded(module):
+        raise ValueError(
+            f"{what} by itself, which weights that are spread over processes cannot do; train with DDP "
+            f"(configs/accelerate/ddp.yaml), or set it to {instead}"
+        )
+
+
 def blocks(model: nn.Module) -> list[str]:
     """Classes of the blocks that a diffusers model repeats and does not want split, as far as this one has them."""
     named = {*(getattr(model, "_no_split_modules", None) or ()), *(getattr(model, "_repeated_blocks", None) or ())}

@@ -17,8 +17,9 @@ from diffalign.backbones.precision import DTYPES
 from diffalign.backbones.starting import check_start
 from diffalign.checkpoints import CheckpointFolder, write_text
 from diffalign.config import ConfigError, RunConfig, TrainingConfig, dump_config, trainer_settings
-from diffalign.configured import data_config, load_model, pick_device, picture_size
+from diffalign.configured import data_config, load_model, picture_size
 from diffalign.data import PairSource, check_media, check_source, encode_pairs, load_pairs
+from diffalign.devices import pick_device
 from diffalign.loop import Waiting, fit, make_accelerator
 from diffalign.media_checks import check_media_settings, check_scorers
 from diffalign.policy import Policy

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from diffalign.eval.base import Benchmark, Case, Report, Row, Score
+from diffalign.eval.base import Case, Report, Row, Score
 from diffalign.eval.case_rows import check_counts, mean_of, missing_pictures, one_judge, rows_of, spread
 from diffalign.eval.dpg_graph import PROMPTS, Graph, Mode, picture_score, read_graphs, read_prompts
 from diffalign.eval.dpg_table import PUBLISHED
 from diffalign.eval.statistics import RESAMPLES, bootstrap_mean
-from diffalign.eval.vlm_judge import Cost, Replies, VLMJudge, agreement, key_of, read_yes_no
+from diffalign.eval.vlm_judge import Cost, JudgedBenchmark, Replies, VLMJudge, agreement, key_of, read_yes_no
 from diffalign.reward_models.answering import Answer
 from diffalign.reward_models.judge_answers import UnreadableAnswerError
 from diffalign.reward_models.media import Media
@@ -44,7 +44,7 @@ NO_GRAPHS = (
 _ANSWER_TOKENS = 8
 
 
-class DPG(Benchmark):
+class DPG(JudgedBenchmark):
     """How much of a long prompt a picture shows.
 
     Source: Hu et al. 2024, "ELLA: Equip Diffusion Models with LLM for Enhanced Semantic Alignment" (arXiv:2403.05135),
@@ -110,8 +110,8 @@ class DPG(Benchmark):
         self.prompts = {items[number]: everything[items[number]] for number in numbers}
         self._items = {prompt: item for item, prompt in self.prompts.items()}
         self.judge = VLMJudge.of(judge)
-        if self.judge.given and self.graphs is not None:
-            self.judge.announce(self.name, self.estimate())
+        if self.graphs is not None:
+            self.announce()
 
     def cases(self) -> list[Case]:
         """All samples of the first prompt, then of the second, and so on; the id begins with the prompt's."""
@@ -131,7 +131,7 @@ class DPG(Benchmark):
         """See `Benchmark`: the file with the questions and a judge."""
         if self.graphs is None:
             raise ValueError(NO_GRAPHS)
-        self.judge.check(self.name)
+        super().check()
 
     def score(self, media: Tensor | Sequence[Media], cases: Sequence[Case]) -> list[Row]:
         """A row for each picture: its score in 0..1, and in the evidence the answer to every question.

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.eval.base import Benchmark, Case, Report, Row, Score, read_jsonl
+from diffalign.eval.base import Case, Report, Row, Score, read_jsonl
 from diffalign.eval.case_rows import check_counts, mean_of, missing_pictures, one_judge, rows_of, spread
 from diffalign.eval.statistics import RESAMPLES
-from diffalign.eval.vlm_judge import Cost, Replies, VLMJudge, agreement, key_of
+from diffalign.eval.vlm_judge import Cost, JudgedBenchmark, Replies, VLMJudge, agreement, key_of
 from diffalign.reward_models.answering import Answer
 from diffalign.reward_models.media import Media
 
@@ -49,7 +49,7 @@ class Atoms:
     skills: tuple[str, ...]
 
 
-class GenEval2(Benchmark):
+class GenEval2(JudgedBenchmark):
     """Soft-TIFA: how probable the right answers to the questions about a picture are.
 
     Source: the released evaluation of "GenEval 2" (Meta 2025, arXiv:2512.16853). The headline is 100 times the mean
@@ -92,8 +92,7 @@ class GenEval2(Benchmark):
         self.atoms = {number: everything[number] for number in self.numbers}
         self._by_prompt = {atoms.prompt: atoms for atoms in self.atoms.values()}
         self.judge = VLMJudge.of(judge)
-        if self.judge.given:
-            self.judge.announce(self.name, self.estimate())
+        self.announce()
 
     def cases(self) -> list[Case]:
         """All samples of the first prompt, then of the second, and so on."""
@@ -110,10 +109,6 @@ class GenEval2(Benchmark):
             for case in self.cases()
             for number, (question, _) in enumerate(self._of(case.prompt).questions)
         )
-
-    def check(self) -> None:
-        """See `Benchmark`: a judge."""
-        self.judge.check(self.name)
 
     def score(self, media: Tensor | Sequence[Media], cases: Sequence[Case]) -> list[Row]:
         """A row for each picture: both means in 0..1, and in the evidence the probability of every right answer.

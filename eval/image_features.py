@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.checkpoints import read_tensors
 from diffalign.reward_models.clip_towers import CLIP_MEAN, CLIP_STD, normalise, unit
@@ -59,10 +60,8 @@ def load_features(
         ValueError: If the package that a metric needs is not installed.
         WeightsError: If the weights cannot be loaded.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     make = {"fid": inception_features, "cmmd": clip_features}[metric]
-    return make(path, torch.device(device), local_files_only)
+    return make(path, resolve_device(device), local_files_only)
 
 
 def inception_features(path: str | Path | None, device: torch.device, local_files_only: bool | None = None) -> Features:

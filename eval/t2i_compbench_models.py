@@ -12,6 +12,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.blip import load_tokenizer
 from diffalign.reward_models.clip_towers import CropPreprocessing, DualEncoder
@@ -83,8 +84,7 @@ class BlipVQA(nn.Module):
         digest = sha256(self.network.text_decoder.cls.predictions.bias.detach().numpy().tobytes()).hexdigest()[:8]
         name = str(source) if not Path(source).exists() else Path(source).name
         self.identity = f"{name}:{digest}@{image_size}"
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.to(device).requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import Tensor
 
-from diffalign.eval.base import Benchmark, Case, Report, Row, Score
+from diffalign.eval.base import Case, Report, Row, Score
 from diffalign.eval.case_rows import check_counts, mean_of, missing_pictures, one_judge, rows_of, spread
 from diffalign.eval.statistics import bootstrap_mean_of_tasks
 from diffalign.eval.unigenbench_prompts import (
@@ -27,7 +27,7 @@ from diffalign.eval.unigenbench_prompts import (
     read_prompts,
 )
 from diffalign.eval.unigenbench_table import PUBLISHED
-from diffalign.eval.vlm_judge import Cost, Replies, VLMJudge, agreement, key_of, read_yes_no
+from diffalign.eval.vlm_judge import Cost, JudgedBenchmark, Replies, VLMJudge, agreement, key_of, read_yes_no
 from diffalign.reward_models.answering import Answer
 from diffalign.reward_models.judge_answers import UnreadableAnswerError
 from diffalign.reward_models.media import Media
@@ -47,7 +47,7 @@ RESAMPLES = 2000
 _EXPECTED_PER_POINT = 80  # tokens of the analysis of one test point, for the estimate
 
 
-class UniGenBench(Benchmark):
+class UniGenBench(JudgedBenchmark):
     """The share of test points that pictures get right: in sub-dimensions, in ten primary dimensions, and their mean.
 
     Source: Wang et al. 2025, "Pref-GRPO: Pairwise Preference Reward-based GRPO for Stable Text-to-Image Reinforcement
@@ -103,11 +103,8 @@ class UniGenBench(Benchmark):
         self.wanted = [everything[number] for number in spread([w.theme for w in everything], num_prompts)]
         self._by_prompt = {wanted.prompt: wanted for wanted in self.wanted}
         self.judge = VLMJudge.of(judge)
-        self._texts = None
-        if self.judge.given:
-            if form == "together":
-                self._texts = read_judge_texts(language, texts)
-            self.judge.announce(self.name, self.estimate())
+        self._texts = read_judge_texts(language, texts) if self.judge.given and form == "together" else None
+        self.announce()
 
     def cases(self) -> list[Case]:
         """All samples of the first prompt, then of the second, and so on; ids are the original's file names."""
@@ -128,10 +125,6 @@ class UniGenBench(Benchmark):
             for case in self.cases()
             for place, text in enumerate(self._questions(self._by_prompt[case.prompt]))
         )
-
-    def check(self) -> None:
-        """See `Benchmark`: a judge."""
-        self.judge.check(self.name)
 
     def score(self, media: Tensor | Sequence[Media], cases: Sequence[Case]) -> list[Row]:
         """A row for each picture: the share of right test points, and in the evidence the verdict on each.

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import ViTModel
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, WeightSpec
 from diffalign.reward_models.checkpoints import load_complete, read_tensors
 from diffalign.reward_models.clip_towers import CropPreprocessing, HFTowers, normalise, unit
@@ -114,9 +115,7 @@ class Measures:
         if not fps > 0:
             raise ValueError(f"fps must be positive, got {fps}")
         self.fps, self.batch_size, self.local_files_only = fps, batch_size, local_files_only
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self._texts: dict[str, Tensor] = {}
 
     def __call__(self, dimension: str, frames: Tensor, fps: float | None, auxiliary: Mapping[str, Any]) -> Measured:

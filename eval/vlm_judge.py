@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -19,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.eval import statistics
-from diffalign.eval.base import Case, Score
+from diffalign.eval.base import Benchmark, Case, Score
 from diffalign.reward_models.answering import Answer, Answerer, Question
 from diffalign.reward_models.base import RewardInfo, WeightSpec
 from diffalign.reward_models.judge_answers import UnreadableAnswerError
 from diffalign.reward_models.judging import Asked, find_answerer
 from diffalign.reward_models.media import InvalidMediaError, Media, to_rgb
 
-__all__ = ["Cost", "Replies", "VLMJudge", "agreement", "key_of", "read_picture", "read_yes_no"]
+__all__ = ["Cost", "JudgedBenchmark", "Replies", "VLMJudge", "agreement", "key_of", "read_picture", "read_yes_no"]
 
 logger = logging.getLogger("diffalign")
 
@@ -275,6 +276,25 @@ class VLMJudge:
                 f"{benchmark}: judging would cost about {cost.price:.2f} ({cost}), more than the budget of "
                 f"{self.budget:.2f}; take fewer prompts or samples, or raise the budget"
             )
+
+
+class JudgedBenchmark(Benchmark):
+    """A benchmark whose questions a vision-language model answers."""
+
+    judge: VLMJudge
+
+    @abstractmethod
+    def estimate(self) -> Cost:
+        """What judging all pictures takes."""
+
+    def check(self) -> None:
+        """See `Benchmark`: a judge."""
+        self.judge.check(self.name)
+
+    def announce(self) -> None:
+        """Says what judging takes, once everything that decides it is known, if somebody was named to judge."""
+        if self.judge.given:
+            self.judge.announce(self.name, self.estimate())
 
 
 def key_of(case: Case, number: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from diffalign.helper_threads import helper_threads
 from diffalign.reward_models.media import InvalidMediaError, Media, MediaBatch, as_list
 
 __all__ = [
@@ -376,9 +377,9 @@ class RewardModel(nn.Module, ABC):
     ) -> tuple[list[int], list[Any]]:
         """The rows that could be preprocessed and what came of them; reasons for the others go into `errors`."""
         good, prepared = [], []
-        with ThreadPoolExecutor(max(self.workers, 1)) as pool:
+        with ExitStack() as stack:
             # One worker is this thread itself, which does not go on after the first failure.
-            run = pool.map if self.workers > 1 else map
+            run = stack.enter_context(helper_threads(self.workers, "pictures")).map if self.workers > 1 else map
             for i, found in zip(rows, run(self._attempt, [items[i] for i in rows]), strict=True):
                 if not isinstance(found, InvalidMediaError):
                     prepared.append(found)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import OnInvalid, RewardModel
 from diffalign.reward_models.media import InvalidMediaError, Media, MediaBatch, as_list, to_rgb
 from diffalign.reward_models.text_cache import TextCache
@@ -213,8 +214,7 @@ class ImageScorer(RewardModel):
 
     def __init__(self, device: str | torch.device, dtype: torch.dtype | Literal["auto"], **parts: nn.Module):
         super().__init__()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.dtype = torch.float32 if dtype == "auto" else dtype
         for name, part in parts.items():
             self.add_module(name, part)

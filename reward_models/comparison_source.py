@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from diffalign.batches import Conditioning, PairBatch
 from diffalign.data.compared import Comparison, ComparisonList, Comparisons
 from diffalign.data.images import CorruptImageError
 from diffalign.data.source import PairSource
+from diffalign.helper_threads import helper_threads
 from diffalign.processes import Processes
 from diffalign.randomness import Draw
 from diffalign.resumable import write_atomically
@@ -69,7 +69,7 @@ class ComparisonSource(PairSource):
     ) -> None:
         super().__init__(comparisons, **options)  # type: ignore[arg-type]  # which asks for names and number only
         self._comparisons, self._trainable = comparisons, trainable
-        self._pool = ThreadPoolExecutor(workers, "pictures")
+        self._pool = helper_threads(workers, "pictures")
         self._counts: Counter[str] | None = None
         if by_prompt:
             self._counts = Counter(comparisons[row].prompt for row in range(len(comparisons)))
@@ -121,7 +121,7 @@ def drop_bad(
         mine = processes.share(comparisons.items)
         own: dict[str, str] = {}
         with (
-            ThreadPoolExecutor(workers) as pool,
+            helper_threads(workers, "pictures") as pool,
             tqdm(total=len(mine), desc=processes.label("look at pictures"), unit="pair", disable=not processes.is_first)
             as bar,
         ):  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, RewardModel
 from diffalign.reward_models.media import InvalidMediaError, Media, read_clip
 from diffalign.reward_models.optical_flow import RAFT_THINGS, OpticalFlow, enlarged, motion_margin, to_bytes
@@ -79,8 +80,7 @@ class DynamicDegree(RewardModel):
         if score == "margin":
             dims = ("dynamic_degree", "margin")
             self.info = replace(self.info, name="dynamic_degree-margin", dims=dims, nominal_range=None)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.fps = fps
         self.flow = OpticalFlow(self.info, path_or_id, local_files_only)
         self.flow.to(device, torch.float32 if dtype == "auto" else dtype)

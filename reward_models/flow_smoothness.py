@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, RewardModel
 from diffalign.reward_models.media import InvalidMediaError, Media, read_clip
 from diffalign.reward_models.optical_flow import RAFT_THINGS, OpticalFlow, enlarged, halfway, to_bytes, unpadded
@@ -59,8 +60,7 @@ class FlowSmoothness(RewardModel):
             WeightsError: If the weights cannot be loaded.
         """
         super().__init__()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.flow = OpticalFlow(self.info, path_or_id, local_files_only)
         self.flow.to(device, torch.float32 if dtype == "auto" else dtype)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, WeightsError, WeightSpec
 from diffalign.reward_models.clip_towers import CropPreprocessing, unit
 from diffalign.reward_models.geneval_prompts import COLORS
@@ -67,8 +68,7 @@ class ColorNamer(nn.Module):
             )
         self.crop = CropPreprocessing(self.towers.image_size, origin="round")
         self.text_cache: TextCache[Tensor] = TextCache(100 * len(COLORS) * len(TEMPLATES))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.to(device).requires_grad_(False).eval()
 
     @torch.no_grad()

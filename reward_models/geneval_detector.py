@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, WeightSpec
 from diffalign.reward_models.geneval_rules import Box, Detection
 from diffalign.reward_models.weights import load_network as load_published
@@ -101,8 +102,7 @@ class Mask2FormerDetector(nn.Module):
         self.source = str(path_or_id) if path_or_id is not None else DETECTOR.repo
         self.network = load_network(path_or_id, local_files_only)
         self._digest = sha256(self.network.class_predictor.weight.detach().numpy().tobytes()).hexdigest()[:8]
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.to(device).requires_grad_(False).eval()
 
     @property

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.answering import Answer, Question
 from diffalign.reward_models.base import RewardInfo, WeightsError
 from diffalign.reward_models.weights import expected, locate, one_line
@@ -77,8 +78,7 @@ class LocalVLM(nn.Module):
                 f"cannot load {info.name} from {source!r}: {one_line(error)}; expected config.json, model.safetensors, "
                 f"processor and tokenizer of a chat VLM of transformers; {expected(info)}"
             ) from error
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.chat_template_options = dict(chat_template_options or {})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import OnInvalid, RewardModel, RewardOutput
 from diffalign.reward_models.media import MediaBatch
 
@@ -52,9 +53,7 @@ class RewardPool:
             raise ValueError(f"expected models with different names, got {[model.info.name for model in models]}")
         if budget_gb is not None and not budget_gb > 0:
             raise ValueError(f"budget_gb must be positive, got {budget_gb}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.budget = None if budget_gb is None else int(budget_gb * 1e9)
         self._resident: OrderedDict[str, None] = OrderedDict()
         self._in_use: Counter[str] = Counter()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, RewardModel, WeightsError
 from diffalign.reward_models.checkpoints import load_complete
 from diffalign.reward_models.clip_towers import CLIP_MEAN, CLIP_STD, normalise
@@ -156,8 +157,7 @@ class QwenReward(RewardModel):
 
     def __init__(self, scorer: QwenScorer, tokenizer: Qwen2Tokenizer, template: str, device: str | torch.device):
         super().__init__()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.template = template

@@ -28,6 +28,7 @@ from typing import Any, TextIO
 from PIL import Image
 from tqdm import tqdm
 
+from diffalign.helper_threads import helper_threads
 from diffalign.processes import ALONE, Processes, own_files
 from diffalign.reward_models.base import RewardInfo, RewardModel
 from diffalign.reward_models.inputs import Row, ScoreInput, open_input
@@ -70,7 +71,8 @@ class ScoreSummary:
         """A table and a few lines for people; at most ten failures are named."""
         first = f"{self.rows} rows: {self.computed} scores computed, {self.reused} reused"
         if self.computed and self.seconds:
-            first += f", {self.rows / self.seconds:.1f} images per second"
+            share = self.computed / (self.computed + self.reused)  # what was there already took no time
+            first += f", {share * self.rows / self.seconds:.1f} images per second"
         lines = [first, render_table(self.columns)]
         if self.failed:
             lines.append(f"  {self.failed} row{'s' * (self.failed > 1)} without a score:")
@@ -311,7 +313,7 @@ def _read_ahead(source: ScoreInput, batch_size: int, processes: Processes, worke
     rows = iter(source)
     chunks = iter(lambda: list(itertools.islice(rows, batch_size)), [])
     own = (chunk for number, chunk in enumerate(chunks) if number % processes.count == processes.rank)
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    with helper_threads(max(workers, 1), "media") as pool:
         waiting: tuple[list[Row], list[Future[str | None]]] | None = None
         for chunk in own:
             following = (chunk, [pool.submit(_hash, row.media) for row in chunk])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, RewardModel, WeightSpec
 from diffalign.reward_models.checkpoints import find_file, load_complete, read_tensors
 from diffalign.reward_models.clip_towers import CropPreprocessing, HFTowers, unit
@@ -129,8 +130,7 @@ class ThreeDGenScore(RewardModel):
         self.normal_tower = _Tower(network.normal_vision_model, network.normal_visual_projection)
         self.rgb_tower = _Tower(network.rgb_vision_model, network.rgb_visual_projection)
         self.scales = network.scales(raw=variant == "training")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.to(device, self.dtype)
         wide = torch.promote_types(self.dtype, torch.float32)
         self.geometry_detail = network.geo_detail_logit_proj.to(device, wide)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Idefics2Config, Idefics2Model
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.base import RewardInfo, RewardModel, WeightsError, WeightSpec
 from diffalign.reward_models.checkpoints import find_file, load_complete, read_shards
 from diffalign.reward_models.media import Media, read_clip
@@ -116,8 +117,7 @@ class VideoScore(RewardModel):
         self.scorer.score.to(torch.promote_types(body, torch.float32))
         state = read_shards(self.info, path_or_id, _HOMES[version], local_files_only)
         load_complete(self.info, self.scorer, state, path_or_id or _HOMES[version])
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(device)
         self.to(device).requires_grad_(False).train(False)
 
     @classmethod

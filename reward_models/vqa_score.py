@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
+from diffalign.devices import resolve_device
 from diffalign.reward_models.answering import Answer, Question
 from diffalign.reward_models.base import RewardInfo, Scores, WeightSpec, broadcast
 from diffalign.reward_models.chat_server import ChatServer
@@ -89,8 +90,7 @@ class VQAScore(Judge):
                 VQAScore.info, path_or_id, vision_tower=vision_tower, tokenizer=tokenizer, dtype=where["dtype"],
                 local_files_only=local_files_only,
             )  # fmt: skip
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = resolve_device(device)
             super().__init__(VQAScore.info, _Nobody())
             self.flant5: CLIPFlanT5 | None = flant5.to(device)
         else:

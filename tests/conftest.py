@@ -138,6 +138,16 @@ def batches() -> Callable[..., Any]:
     return random_batch
 
 
+@pytest.fixture(scope="module")
+def policy(tiny_pipeline: Path, policies: Any) -> Any:
+    """A tiny model with adapters, away from its reference; a file has its own, and may have another kind."""
+    from diffalign.backbones import LoRA, load_policy
+
+    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
+    policies.move_away(policy)
+    return policy
+
+
 @pytest.fixture(scope="session")
 def policies() -> Any:
     """`double_policy` and `move_away` of tests/tiny.py."""

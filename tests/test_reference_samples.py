@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from diffalign import reference_samples
-from diffalign.backbones import LoRA, load_policy
+from diffalign.backbones import load_policy
 from diffalign.data import DataConfig, EncodedPairs, encode_pairs, load_pairs
 from diffalign.processes import Processes
 from diffalign.randomness import Draw
@@ -72,13 +72,6 @@ def test_it_is_the_pipelines_own_sampler(kind: str, tmp_path: Path, request: pyt
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline: Path, policies: Any) -> Any:
-    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
-    policies.move_away(policy)
-    return policy
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,6 @@ PROMPTS = ("one circle", "two squares", "three stars")
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline: Path, policies: Any) -> Any:
-    """Away from its reference; nothing here trains it."""
-    policy = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
-    policies.move_away(policy)
-    return policy
-
-
 # --- ranking ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from diffalign.backbones import LoRA, load_policy
+from diffalign.backbones import load_policy
 from diffalign.randomness import Draw
 from diffalign.rollouts import Rollouts, StochasticSampler, sampling_grid
 from diffalign.schedules import DiscreteSchedule, FlowSchedule
@@ -37,14 +37,6 @@ def _law(sampler: StochasticSampler, rollouts: Rollouts, step: int, rows: Sequen
         rollouts.conditioning[[row // images for row in rows]],
         rollouts.unconditional,
     )
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline: Path, policies: Any) -> Any:
-    """Away from its reference; nothing here trains it."""
-    policy = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
-    policies.move_away(policy)
-    return policy
 
 
 # --- the sampler -----------------------------------------------------------------------------------------------------

@@ -72,6 +72,13 @@ class D3POConfig(PairTrainerConfig):
     eta: float | None = None
     ref_update: Literal["never", "every_round"] = "never"
 
+    @field_validator("draws_per_pair")
+    @classmethod
+    def _draws_once(cls, draws: int | None) -> int | None:
+        if draws is not None:
+            raise ValueError("rollouts are drawn anew in every round and repeat no draw; leave it out")
+        return draws
+
     @field_validator("eta")
     @classmethod
     def _has_density(cls, eta: float | None) -> float | None:

@@ -15,12 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from diffalign import commands, inversions
+from diffalign import commands, inversions, sharding
 from diffalign.backbones import LoRA, load_policy
 from diffalign.batches import Conditioning, PairBatch
 from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, load_pairs
 from diffalign.inversions import Inversions, InvertedPairs, InvertedSource
-from diffalign.sharding import is_sharded
 from diffalign.trainers.inpo import InPO, InPOConfig
 from tests.trainers.gaussian import GaussianPolicy, random_pairs, some_draws
 from tests.trainers.kept import Killed, Sharing, contents, metrics, pairs_folder
@@ -150,13 +149,6 @@ def test_the_start_up_line_says_that_they_are_kept() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pairs_folder(tmp_path_factory.mktemp("data") / "pairs")
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline: Path, policies: Any) -> Any:
-    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
-    policies.move_away(policy)
-    return policy
 
 
 @pytest.fixture(scope="module")
@@ -300,8 +292,8 @@ def test_what_cannot_be_kept_is_an_error(policy: Any, encode: Any, tmp_path: Pat
 
 @pytest.mark.slow
 def test_spread_weights_are_refused(policy: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_sharded(policy.denoiser)
-    monkeypatch.setattr(inversions, "is_sharded", lambda _: True)
+    assert not sharding.is_sharded(policy.denoiser)
+    monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
     with pytest.raises(ValueError, match="each process inverts pairs by itself, .*; train with DDP"):
         begun(policy, encode(), tmp_path)
 

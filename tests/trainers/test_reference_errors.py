@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from diffalign import commands, reference_errors
+from diffalign import commands, reference_errors, sharding
 from diffalign.backbones import LoRA, load_policy
 from diffalign.batches import PairBatch
 from diffalign.config import ConfigError, load_config, trainer_settings
@@ -39,14 +39,6 @@ def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pairs_folder(tmp_path_factory.mktemp("data") / "pairs")
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_pipeline: Path, policies: Any) -> Any:
-    """Moved away from its reference."""
-    policy: Any = load_policy(str(tiny_pipeline), lora=LoRA(rank=2), train=True)
-    policies.move_away(policy)
-    return policy
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +78,14 @@ def test_exchanging_a_pair_exchanges_what_is_known_of_it() -> None:
 @pytest.mark.parametrize("kind", [InPOConfig, SePPOConfig, D3POConfig])
 def test_methods_whose_reference_sees_other_states_refuse(kind: Any) -> None:
     with pytest.raises(ValidationError, match="this method's reference sees other states at every visit; set it to"):
-        kind(reference="cached", draws_per_pair=2)
+        kind(reference="cached")
+
+
+def test_rollouts_repeat_no_draw() -> None:
+    with pytest.raises(
+        ValidationError, match="rollouts are drawn anew in every round and repeat no draw; leave it out"
+    ):
+        D3POConfig(draws_per_pair=2)
 
 
 def test_what_is_cached_has_to_repeat(tmp_path: Path) -> None:
@@ -223,7 +222,7 @@ def test_what_cannot_be_cached_is_an_error(
     with pytest.raises(ValueError, match="the reference's error on pair 'p0' is infinite or not a number; try"):
         errors.fill(0, lambda batch: torch.full((2 * len(batch),), float("nan")), 4)
     assert not list(tmp_path.rglob("*.npy"))
-    monkeypatch.setattr(reference_errors, "is_sharded", lambda _: True)
+    monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
     with pytest.raises(ValueError, match=r"trainer.reference: each process computes .*; train with DDP .* live"):
         errors.fill(0, lambda batch: torch.zeros(2 * len(batch)), 4)
 
