@@ -60,14 +60,17 @@ class ModelConfig(_Strict):
         adapter: Trained weights that `train` goes on from, and the reference with it, or that `pairs` and `evaluate`
             use, as a run's output folder holds them. If it is a LoRA, that one is trained further; leave out `lora`.
         attention: "native", "xformers", or a diffusers attention backend.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory. True: all of each block's,
+            for one more forward pass. "selective": all but what matrix products, convolutions and attention give.
         resolution: Side in pixels of what is encoded and drawn, or [height, width]; None takes `data.resolution`, and
             without that the model's own.
         num_frames: Frames of a video; None takes the model's own.
         options: What the model's family can be told, such as `embedded_guidance` of FLUX; see docs/model_options.md.
         quantization: "nf4" (bitsandbytes) or "int8" (torchao) weights of the denoiser under the adapters, QLoRA.
-        torch_compile: Compile the denoiser; worth its minutes in long runs on a GPU.
+        torch_compile: Compile the denoiser; worth its minutes in long runs on a GPU. "blocks": only the blocks that it
+            repeats, each kind once, which takes a fraction of the time.
         torch_compile_backend: Backend of `torch.compile`.
+        torch_compile_mode: Its mode: "reduce-overhead" records CUDA graphs, "max-autotune" times kernels.
         channels_last: Weights of a UNet in the order that convolutions compute faster with, on GPUs and CPUs.
         vae_slicing: Encode and decode one picture at a time, to save memory.
         vae_tiling: Encode and decode large pictures in overlapping tiles; changes latents slightly where tiles meet.
@@ -79,13 +82,14 @@ class ModelConfig(_Strict):
     lora: LoRAConfig | None = None
     adapter: str | None = None
     attention: str = "native"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     num_frames: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     quantization: Literal["nf4", "int8"] | None = None
-    torch_compile: bool = False
+    torch_compile: bool | Literal["blocks"] = False
     torch_compile_backend: str = "inductor"
+    torch_compile_mode: Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
     channels_last: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -104,12 +108,16 @@ class TrainingConfig(_Strict):
         lr_scheduler: Name of a diffusers schedule ("constant", "constant_with_warmup", "linear", "cosine", ...).
         lr_warmup_steps: In optimizer steps, whatever the number of processes.
         optimizer: "adamw", "adamw_8bit" (needs bitsandbytes) or "adafactor".
-        fused_optimizer: AdamW in one kernel instead of one per operation; the same numbers up to rounding.
+        fused_optimizer: AdamW in one kernel instead of one per operation; the same numbers up to rounding. None: on
+            accelerators.
         max_grad_norm: Global norm to clip at; 0 switches clipping off.
         mixed_precision: "no", "fp16" or "bf16"; trained weights and errors stay float32.
         use_ema: Keep a moving average of the trained weights, saved under `ema/`.
         ema_decay: Its decay per optimizer step.
         logging_steps: A line in metrics.jsonl every so many optimizer steps.
+        sync_steps: Losses and metrics stay on the device and are read every so many optimizer steps; in between the CPU
+            never waits for it. A bad loss is then seen up to so many steps late, and changes no weight meanwhile, for
+            which the optimizer must be fused. None: 10 on accelerators where that is so, else 1.
         checkpointing_steps: A checkpoint every so many optimizer steps.
         checkpoints_total_limit: How many checkpoints to keep; None keeps all.
         resume_from_checkpoint: "latest", a checkpoint's folder, or None.
@@ -132,7 +140,7 @@ class TrainingConfig(_Strict):
     ] = "constant_with_warmup"
     lr_warmup_steps: int = Field(default=0, ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    fused_optimizer: bool = False
+    fused_optimizer: bool | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
@@ -142,6 +150,7 @@ class TrainingConfig(_Strict):
     use_ema: bool = False
     ema_decay: float = Field(default=0.9999, gt=0, lt=1)
     logging_steps: int = Field(default=1, ge=1)
+    sync_steps: int | None = Field(default=None, ge=1)
     checkpointing_steps: int = Field(default=500, ge=1)
     checkpoints_total_limit: int | None = Field(default=None, ge=1)
     resume_from_checkpoint: str | None = None

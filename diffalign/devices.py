@@ -1,12 +1,13 @@
-"""Where models run."""
+"""Where models run, and the way there."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
-__all__ = ["pick_device", "resolve_device"]
+__all__ = ["pick_device", "resolve_device", "send"]
 
 
 def pick_device() -> str:
@@ -20,3 +21,13 @@ def pick_device() -> str:
 def resolve_device(device: str | torch.device) -> torch.device:
     """A device, or for "auto" that of `pick_device`."""
     return torch.device(pick_device() if device == "auto" else device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, without waiting for what that device is doing.
+
+    From ordinary memory the CPU waits until the copy has had its turn; memory that is pinned is copied when it comes.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

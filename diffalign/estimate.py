@@ -112,7 +112,7 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
     memory = _weights(config, parts, trained, lora is not None) | {
         "adapters of the reference": 4 * numbers * (lora is not None and model.adapter is not None),
         "gradients": 4 * numbers,
-        f"optimizer ({training.optimizer})": _optimizer(training, trained),
+        f"optimizer ({training.optimizer})": optimizer_bytes(training, trained),
         "moving average": 4 * numbers * training.use_ema,
         "rounded copies for autocast": 0 if training.mixed_precision == "no" else _rounded(parts, trained),
     }
@@ -120,7 +120,7 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
     passes: dict[str, float] = trainer.forwards(settings)
     per_pair = passes["policy"]
     forwards = {**passes, "backward": per_pair if lora is not None else 2 * per_pair}
-    if model.gradient_checkpointing:
+    if model.gradient_checkpointing is True:  # "selective" recomputes no matrix product
         forwards["recomputed activations"] = per_pair
     return Estimate(
         parameters=parameters,
@@ -176,7 +176,7 @@ def _weights(config: RunConfig, parts: list[Any], trained: list[Tensor], adapter
     return {"denoiser": math.ceil(size), "adapters": 4 * sum(p.numel() for p in trained)}
 
 
-def _optimizer(training: TrainingConfig, trained: list[Tensor]) -> int:
+def optimizer_bytes(training: TrainingConfig, trained: list[Tensor]) -> int:
     """Bytes of the optimizer's moments."""
     if training.optimizer == "adamw":
         return sum(8 * p.numel() for p in trained)
@@ -209,7 +209,7 @@ def _pairs(config: RunConfig) -> int | None:
         data = data_config(config, scored=learns_from == "scored")
     except ConfigError:
         return None  # `diffalign pairs` has not run yet
-    if data.train_data_dir is None and not Path(str(data.dataset_name)).exists():
+    if not data.check_source or (data.train_data_dir is None and not Path(str(data.dataset_name)).exists()):
         return None
     size = load_pairs(data, winners_only=learns_from == "winners").size
     return size - config.training.num_validation_pairs if size is not None else None

@@ -95,3 +95,18 @@ def check_wrapped(module: Any, num_processes: int) -> None:
             f"{num_processes} processes were started, but accelerate left the denoiser a plain "
             f"{type(module).__name__} and each would train for itself; check the accelerate config"
         )
+
+
+def anyone(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is up in any process; all of them ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    value = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(value, reduction="sum") > 0)
+
+
+def largest(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers; all of them ask."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

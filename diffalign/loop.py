@@ -21,24 +21,22 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign import checkpoints, failures, sharding
+from diffalign import checkpoints, sharding
 from diffalign.backbones.precision import DTYPES, under_autocast
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
-from diffalign.failures import replay
-from diffalign.launching import Terminated, check_wrapped, make_accelerator
+from diffalign.failures import NonFiniteLossError, NumberGuard, replay
+from diffalign.launching import Terminated, anyone, check_wrapped, largest, make_accelerator
 from diffalign.monitor import EarlyWarnings, MetricsFile
 from diffalign.optimizers import make_optimizer
+from diffalign.step_records import StepRecord, read_values
 
 __all__ = ["BatchSource", "NonFiniteLossError", "Waiting", "fit", "make_accelerator", "replay"]
 
 logger = logging.getLogger("diffalign")
 
 Validate = Callable[[int], Mapping[str, float]]
-
-MAX_SKIPPED_STEPS = 30
-"""A gradient scaler halves its scale at every skipped step; after so many the scale is not to blame."""
 
 
 class BatchSource(Protocol):
@@ -60,10 +58,6 @@ class BatchSource(Protocol):
 
 class Waiting(Exception):  # noqa: N818 - nothing went wrong
     """The source has no batch until somebody does what the message says; all that was trained is saved."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is not a number; the message names the batch and the file to replay it with."""
 
 
 def fit(
@@ -148,7 +142,9 @@ class _Run:
         self.step = 0
         self._gradients_seen = False
         self._skipped = 0
-        self._failure: tuple[PairBatch, Any] | None = None
+        self.guard = NumberGuard(self.policy, accelerator, self.output_dir, self.settings, plain=not self.sharded)
+        self.sync_steps = self.guard.watch(self.optimizer, config.sync_steps)
+        self._unread: list[tuple[StepRecord, dict[str, float]]] = []
 
     def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
         """The denoiser as several processes train it, and the optimizer."""
@@ -190,18 +186,25 @@ class _Run:
                 while self.step < config.max_train_steps:
                     if (reason := self._waits()) is not None:
                         break
-                    self._one_step(bar)
+                    self._one_step()
                     last = self.step == config.max_train_steps
-                    if validate and config.validation_steps and (self.step % config.validation_steps == 0 or last):
+                    validation = validate and config.validation_steps and self._due(config.validation_steps)
+                    checkpoint = self._due(config.checkpointing_steps)
+                    stop = terminated.requested and accelerator.num_processes == 1
+                    if not (validation or checkpoint or stop or self._due(self.sync_steps)):
+                        continue
+                    self._read(bar)
+                    if validate and validation:
                         self._validate(validate)
-                    stop = self._anyone(terminated.requested)
-                    if self.step % config.checkpointing_steps == 0 or stop or last:
+                    stop = anyone(self.accelerator, terminated.requested)
+                    if checkpoint or stop:
                         self._save()
                     if stop and not last:
                         logger.warning(
                             "SIGTERM: saved %s; go on with resume_from_checkpoint=latest", self.folder.path(self.step)
                         )
                         raise SystemExit(0)
+                self._read(bar)
         finally:
             bar.close()
             for tracker in accelerator.trackers:  # `end_training` would also end the talk between processes
@@ -215,6 +218,10 @@ class _Run:
             raise Waiting(reason)
         return self.output_dir
 
+    def _due(self, every: int) -> bool:
+        """Whether it is time for what happens every so many steps and after the last one."""
+        return self.step % every == 0 or self.step == self.config.max_train_steps
+
     def _validate(self, validate: Validate) -> None:
         forwards = self.policy.forwards
         values = validate(self.step)
@@ -227,21 +234,27 @@ class _Run:
         if ask is None:
             return None
         reason: str | None = ask(self.step)
-        return (reason or "another process waits; see its message") if self._anyone(reason is not None) else None
+        return (
+            (reason or "another process waits; see its message")
+            if anyone(self.accelerator, reason is not None)
+            else None
+        )
 
-    def _one_step(self, bar: Any) -> None:
+    def _one_step(self) -> None:
         config, accelerator = self.config, self.accelerator
         started = time.perf_counter()
-        sums: dict[str, Tensor] = {}
+        record = StepRecord(self.step)
         for micro in range(config.gradient_accumulation_steps):
-            batch = self.source.batch(self.step, micro).to(accelerator.device)
+            batch = self.source.batch(self.step, micro)
             with accelerator.accumulate(self.policy.wrapped):
-                output = self._micro_step(batch, sums)
+                output = self.trainer.loss(batch.to(accelerator.device))
+                accelerator.backward(output.loss)  # which divides by the number of accumulation steps
+            record.add(batch, output)
         if not self._gradients_seen and not self.deepspeed:
             self._check_gradients()
         limit = config.max_grad_norm if config.max_grad_norm > 0 else float("inf")
-        norm = sharding.whole(torch.as_tensor(accelerator.clip_grad_norm_(self.parameters, limit)))
-        self._refuse_non_finite(norm, batch, output)
+        record.norm = sharding.whole(torch.as_tensor(accelerator.clip_grad_norm_(self.parameters, limit)))
+        self.guard.judge(record, self._skipped)
         self.optimizer.step()
         lr = self.scheduler.get_last_lr()[0]
         skipped = accelerator.optimizer_step_was_skipped
@@ -253,42 +266,34 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.trainer.update(self.step)
-        if (report := getattr(self.source, "metrics", None)) is not None:
-            sums |= {name: torch.tensor(value, device=accelerator.device).double() for name, value in report().items()}
+        report = getattr(self.source, "metrics", None)
+        own = dict(report()) if report is not None else {}
         self.source.update(self.step)
-        values = self._reduce(sums)
         forwards = self.policy.forwards * accelerator.num_processes
-        values |= {"grad_norm": float(norm), "lr": lr, "forwards": forwards, "seconds": time.perf_counter() - started}
+        record.known = {"lr": lr, "forwards": forwards, "seconds": time.perf_counter() - started}
+        self._unread.append((record, own))
+
+    def _read(self, bar: Any) -> None:
+        """Waits for the device and looks at the steps since the last time: refuses bad numbers, logs the others."""
+        if not self._unread:
+            return
+        started = time.perf_counter()
+        records, own = map(list, zip(*self._unread, strict=True))
+        self._unread = []
+        self.guard.check(records)
+        rows = read_values(records, own, self.accelerator)
+        waited = time.perf_counter() - started
+        seconds = (sum(row["seconds"] for row in rows) + waited) / len(rows)
+        for record, values in zip(records, rows, strict=True):
+            values["seconds"] = seconds
+            if self.accelerator.is_main_process:
+                for message in self.warnings.observe(values):
+                    self.metrics_file.write(record.step + 1, {"event": "warning", "message": message})
+            if (record.step + 1) % self.config.logging_steps == 0:
+                self._log(record.step + 1, "train", values)
         shown = {"loss": "loss", "acc": "implicit_accuracy"}
-        bar.set_postfix({k: f"{values[v]:.4f}" for k, v in shown.items() if v in values}, refresh=False)
-        bar.update()
-        if accelerator.is_main_process:
-            for message in self.warnings.observe(values):
-                self.metrics_file.write(self.step, {"event": "warning", "message": message})
-        if self.step % config.logging_steps == 0:
-            self._log(self.step, "train", values)
-
-    def _micro_step(self, batch: PairBatch, sums: dict[str, Tensor]) -> Any:
-        output = self.trainer.loss(batch)
-        if self._failure is None and not bool(torch.isfinite(output.loss)):
-            self._failure = (batch, output)  # to be reported when all processes have finished the step
-        self.accelerator.backward(output.loss)  # which divides by the number of accumulation steps
-        for name, value in output.metrics.items():
-            sums[name] = sums.get(name, 0) + value.double() / self.config.gradient_accumulation_steps
-        return output
-
-    def _refuse_non_finite(self, norm: Tensor, batch: PairBatch, output: Any) -> None:
-        """Stops all processes together, whichever met the bad number; one that stopped alone would hang the rest."""
-        if self._anyone(self._failure is not None):
-            if self._failure is not None:
-                self._report_non_finite(*self._failure, "loss")
-            raise NonFiniteLossError(
-                f"the loss of step {self.step + 1} is not finite in another process, whose message names the pairs"
-            )
-        # A scaler skips steps with infinite gradients by itself, and is right to for as long as its scale shrinks.
-        scaled = self.accelerator.scaler is not None and self._skipped < MAX_SKIPPED_STEPS
-        if not scaled and not bool(torch.isfinite(norm)):  # the same norm in every process
-            self._report_non_finite(batch, output, "gradient")
+        bar.set_postfix({k: f"{rows[-1][v]:.4f}" for k, v in shown.items() if v in rows[-1]}, refresh=False)
+        bar.update(len(rows))
 
     def _check_gradients(self) -> None:
         """After the first backward pass: an adapter switched off at the wrong moment loses gradients silently."""
@@ -300,16 +305,6 @@ class _Run:
             )
         self._gradients_seen = True
 
-    def _reduce(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means over micro-batches and processes; z's deviation from its first two moments."""
-        names = sorted(sums)
-        stacked = torch.stack([sums[n] for n in names]).to(self.accelerator.device)
-        mean: Tensor = self.accelerator.reduce(stacked, reduction="mean")
-        values = dict(zip(names, mean.tolist(), strict=True))
-        if "z_square" in values:
-            values["z_std"] = max(values.pop("z_square") - values["z_mean"] ** 2, 0.0) ** 0.5
-        return values
-
     def _log(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -317,20 +312,6 @@ class _Run:
         self.metrics_file.write(step, named)
         if self.accelerator.log_with:
             self.accelerator.log(named, step=step)
-
-    def _report_non_finite(self, batch: PairBatch, output: Any, what: str) -> None:
-        # Only plain weights: other processes, which may not have failed, would have to help with sharded ones.
-        weights = {} if self.sharded else dict(zip(self.names, self.parameters, strict=True))
-        path = self.output_dir / "failures" / f"step-{self.step}-rank-{self.accelerator.process_index}.pt"
-        bad = failures.save(path, self.step, batch, output.losses, weights, self.settings)
-        saved = (
-            "the batch, without the sharded weights, is" if self.sharded else "the batch and the trained weights are"
-        )
-        raise NonFiniteLossError(
-            f"the {what} of step {self.step + 1} is not finite for pair(s) {', '.join(bad)}; "
-            f"{saved} saved in {path} for replay (diffalign.loop.replay); "
-            "lower the learning rate, or leave the pair out"
-        )
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -382,7 +363,7 @@ class _Run:
                 write()
             except checkpoints.CheckpointError as error:
                 problem = error
-        if self._anyone(problem is not None):
+        if anyone(self.accelerator, problem is not None):
             raise problem or checkpoints.CheckpointError("the main process could not save; see its message")
 
     def _whole_weights(self) -> dict[str, Tensor]:
@@ -410,7 +391,7 @@ class _Run:
             )
         state = checkpoints.load(path, self.settings) if path is not None else None
         found = int(state["step"]) if state is not None else 0
-        if self._anyone(found < self._largest(found)):
+        if anyone(self.accelerator, found < largest(self.accelerator, found)):
             raise checkpoints.CheckpointError(
                 f"process {self.accelerator.process_index} finds step {found} in {self.output_dir} and another process "
                 "a later one; put output_dir on a disk that all machines see"
@@ -436,14 +417,3 @@ class _Run:
             logger.info("resumed from %s", path)
         if self.accelerator.is_main_process:
             self.metrics_file.rewind(self.step if path is not None else -1)
-
-    def _anyone(self, flag: bool) -> bool:
-        """Whether the flag is up on any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(value, reduction="sum") > 0)
-
-    def _largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())

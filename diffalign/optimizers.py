@@ -54,4 +54,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
 
         return AdamW8bit(parameters, **kwargs)
-    return torch.optim.AdamW(parameters, fused=config.fused_optimizer or None, **kwargs)
+    fused = config.fused_optimizer
+    if fused is None:
+        fused = parameters[0].device.type not in ("cpu", "meta")
+    return torch.optim.AdamW(parameters, fused=fused or None, **kwargs)

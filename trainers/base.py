@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from diffalign.batches import Conditioning, NoisyStates, PairBatch
+from diffalign.devices import send
 from diffalign.losses import BetaConvention, LossType, convert_beta, ipo_raw_loss, margin_loss, per_sample_error
 from diffalign.policy import Policy
 from diffalign.predictions import Prediction
@@ -192,15 +193,15 @@ class Trainer:
         """
         times = len(latents) // len(draws)
         timesteps = draw_timesteps(self.policy.schedule, draws, self.config.timestep_sampling)
-        timesteps = timesteps.to(latents.device).repeat(times)
-        noise = torch.stack([draw.normal("noise", latents.shape[1:]) for draw in draws])
-        noise = noise.to(latents.device, latents.dtype).repeat(times, *[1] * (latents.ndim - 1))
-        alphas, sigmas = self.schedule.scales(timesteps)
+        timesteps = timesteps.repeat(times)
+        noise = torch.stack([draw.normal("noise", latents.shape[1:]) for draw in draws]).to(latents.dtype)
+        noise = send(noise, latents.device).repeat(times, *[1] * (latents.ndim - 1))
+        alphas, sigmas = self.schedule.scales(timesteps)  # a table on the CPU, as timesteps still are
         return NoisyStates(
             conditioning=conditioning.repeat(times),
             latents=latents,
             noise=noise,
-            timesteps=timesteps,
+            timesteps=send(timesteps, latents.device),
             noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
             target=self.policy.prediction.target(latents, noise, alphas, sigmas),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffalign import loop
+from diffalign import failures, loop
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder, load
 from diffalign.config import TrainingConfig
@@ -93,7 +93,7 @@ def test_steps_that_a_gradient_scaler_skips_move_nothing(start: Any) -> None:
 
 @pytest.mark.slow
 def test_a_gradient_scaler_that_skips_for_ever_stops_the_run(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "MAX_SKIPPED_STEPS", 2)
+    monkeypatch.setattr(failures, "MAX_SKIPPED_STEPS", 2)
     trainer, source, config = start(max_train_steps=8)
     trainer.policy.trainable_parameters()[0].register_hook(lambda g: torch.full_like(g, math.nan))
     with pytest.raises(NonFiniteLossError, match="the gradient of step 3 is not finite"):
