@@ -1,17 +1,19 @@
 """Pairs per second of a Diffusion-DPO step: `python -m benchmarks.training_step`, which `make bench` calls.
 
-Three ways to train the embedded model on the same pairs with the same random numbers, in turn, several times:
+Several ways to train the embedded model on the same pairs with the same random numbers. Each has a process of its own,
+and they take turns step by step:
 
 - `plain`: pictures and prompts encoded at every step, as public scripts do (`benchmarks/plain_step.py`)
 - `live`: `diffalign.fit` on the encoded cache, the reference asked at every step
 - `cached`: the same with `trainer.reference: cached`; the first pass over all draws is timed apart
 
-Then the same ways with further switches. For each: pairs per second, the ratio to `plain` of the same round (median
-over the rounds), the ratio that the time split of `plain` predicts (its step without the parts that the way leaves
-out), and the largest difference of the losses from those of `plain`. A step's time includes reading the batch.
+Then `cached` with further switches. For each: pairs per second; the ratio to `plain`, step against the step beside it,
+the median over all rounds with the middle half of them; the ratio that the time split of `plain` predicts (its step
+without the parts that the way leaves out); and the largest difference of the losses from those of `plain`. A step is
+all that happens from one batch to the next, reading and logging included.
 
     python -m benchmarks.training_step                 all weights and adapters, some minutes on two cores
-    python -m benchmarks.training_step --quick         two steps of adapters, to try the script
+    python -m benchmarks.training_step --quick         two steps of adapters, one way after another, to try the script
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import diffalign as da
+from benchmarks.machine import machine
 from benchmarks.plain_step import PARTS, PlainStep
+from benchmarks.turns import Job, Stopwatch, Turn, take_turns
 from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, load_pairs
 from diffalign.resumable import write_atomically
 from diffalign.shapes.scene_pairs import write_scene_pairs
@@ -65,144 +65,169 @@ class Way:
         return ("images", "text", "reference") if self.reference == "cached" else ("images", "text")
 
 
+FUSED = {"fused_optimizer": True, "sync_steps": 10}
 WAYS = {
     "live": Way(),
     "cached": Way("cached"),
-    "cached, fused": Way("cached", {"fused_optimizer": True}),
+    "cached, fused": Way("cached", FUSED),
     "cached, channels_last": Way("cached", channels_last=True),
+    "cached, both": Way("cached", FUSED, channels_last=True),
+}
+COMPILED = {
+    "cached, compiled": Way("cached", compiled=True),
+    "cached, all three": Way("cached", FUSED, channels_last=True, compiled=True),
 }
 MODES = {"all weights": False, "LoRA, rank 8": True}
 """Name -> whether adapters are trained."""
-COMPILED = {"cached, compiled": Way("cached", compiled=True)}
 
 
-class Bench:
-    """Pairs on disk, their cache, and runs on both.
+@dataclass(frozen=True)
+class Scene:
+    """Pairs on disk, how many make a step, and what is trained on them.
 
-    Args:
-        folder: Where everything goes.
-        options: Of the command line.
+    Attributes:
+        folder: With the pairs in `pairs/` and everything else beside it.
         lora: Adapters, or all weights.
+        batch_size: Pairs of a step.
+        steps: Steps that are begun; the last one is not timed.
     """
 
-    def __init__(self, folder: Path, options: argparse.Namespace, *, lora: bool) -> None:
-        self.folder, self.options, self.lora = folder, options, lora
-        self.pairs = folder / "pairs"
-        index = self.pairs / "index.jsonl"
-        if not index.is_file():
-            write_scene_pairs(self.pairs, options.pairs, SEED)
-        self.rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
-        self.first_pass: list[float] = []
-        started = time.perf_counter()
-        self.encoded = self._encode()
-        self.encoding = time.perf_counter() - started
+    folder: Path
+    lora: bool
+    batch_size: int
+    steps: int
 
-    def _encode(self) -> EncodedPairs:
-        config = DataConfig(train_data_dir=self.pairs)
-        return encode_pairs(load_pairs(config), self._policy(), config, self.folder / "cache")
+    @property
+    def pairs(self) -> Path:
+        """The pictures and their index."""
+        return self.folder / "pairs"
 
-    def _policy(self) -> Any:
+    def rows(self) -> list[dict[str, str]]:
+        """The index."""
+        return [json.loads(line) for line in (self.pairs / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def policy(self) -> Any:
+        """The model as training begins."""
         return da.load_policy(MODEL, lora=da.LoRA(rank=8) if self.lora else None, train=True)
 
-    def _source(self, draws: int | None) -> PairSource:
-        return PairSource(self.encoded, seed=SEED, batch_size=self.options.batch_size, draws_per_pair=draws)
+    def encoded(self) -> EncodedPairs:
+        """The cache, made when it is first asked for."""
+        config = DataConfig(train_data_dir=self.pairs)
+        return encode_pairs(load_pairs(config), self.policy(), config, self.folder / "cache")
 
-    def plain(self) -> tuple[list[float], list[float], list[dict[str, float]]]:
-        """Seconds and losses of every step, and how the seconds split."""
-        step = PlainStep(self._policy(), self._source(1), self.pairs, self.rows, BETA, LR)
-        seconds = []
-        for number in range(self.options.steps):
-            started = time.perf_counter()
-            step(number)
-            seconds.append(time.perf_counter() - started)
-        return seconds, step.losses, step.seconds
+    def source(self, *, prefetch: bool = True) -> PairSource:
+        """Each pair with the same draw at every visit."""
+        return PairSource(self.encoded(), seed=SEED, batch_size=self.batch_size, draws_per_pair=1, prefetch=prefetch)
 
-    def ours(self, way: Way) -> tuple[list[float], list[float]]:
-        """Seconds and losses of every step."""
-        policy = self._policy()
-        policy.free_encoders()
-        if way.channels_last:
-            policy.to_channels_last()
-        if way.compiled:
-            policy.compile()
-        trainer = DiffusionDPO(
-            policy, beta=BETA, caption_dropout=0.0, reference=way.reference, draws_per_pair=1, reference_batch_size=8
-        )
-        batches = trainer.source(self._source(1), SEED)
-        first_pass = trainer.cached is not None and not trainer.cached.folder.exists()
-        begin = trainer.begin
 
-        def timed(step: int, folder: Path) -> None:
-            started = time.perf_counter()
-            begin(step, folder)
-            if first_pass:
-                self.first_pass.append(time.perf_counter() - started)
+class _InTurn:
+    """A source that waits for its turn before every step."""
 
-        trainer.begin = timed  # type: ignore[method-assign]
-        with tempfile.TemporaryDirectory(dir=self.folder) as output:
-            settings = {
-                "output_dir": output,
-                "max_train_steps": self.options.steps,
-                "per_device_train_batch_size": self.options.batch_size,
-                "learning_rate": LR,
-                "lr_scheduler": "constant",
-                "checkpointing_steps": self.options.steps,
-                **way.training,
-            }
-            da.fit(trainer, batches, da.TrainingConfig(**settings))
-            lines = (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "train/loss" in row]
-        return [row["train/seconds"] for row in rows], [row["train/loss"] for row in rows]
+    def __init__(self, source: Any, turn: Turn) -> None:
+        self.source, self.turn = source, turn
 
-    def run(self) -> dict[str, Any]:
-        """All ways in turn, round after round."""
-        ways = WAYS | (COMPILED if self.options.compile else {})
-        counted = slice(self.options.warmup, None)
-        plain_seconds: list[float] = []
-        splits: list[dict[str, float]] = []
-        found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "ratio": [], "loss": []} for name in ways}
-        for number in range(self.options.rounds):
-            seconds, losses, parts = self.plain()
-            plain_seconds.append(statistics.median(seconds[counted]))
-            splits.append({part: statistics.median(step[part] for step in parts[counted]) for part in PARTS})
-            for name, way in ways.items():
-                ours, our_losses = self.ours(way)
-                step = statistics.median(ours[counted])
-                found[name]["seconds"].append(step)
-                found[name]["ratio"].append(plain_seconds[-1] / step)
-                found[name]["loss"].append(max(abs(a - b) for a, b in zip(our_losses, losses, strict=True)))
-            logging.getLogger("diffalign").info("round %d of %d", number + 1, self.options.rounds)
-        split = {part: statistics.median(one[part] for one in splits) for part in PARTS}
-        whole = statistics.median(plain_seconds)
-        ways_found = {
-            name: {
-                "pairs_per_second": self.options.batch_size / statistics.median(lists["seconds"]),
-                "ratio": statistics.median(lists["ratio"]),
-                "predicted_ratio": whole / (whole - sum(split[part] for part in way.leaves_out)),
-                "largest_loss_difference": max(lists["loss"]),
-            }
-            for (name, way), lists in zip(ways.items(), found.values(), strict=True)
+    def batch(self, step: int, micro_step: int) -> Any:
+        self.turn.next()
+        return self.source.batch(step, micro_step)
+
+    def update(self, step: int) -> None:
+        self.source.update(step)
+
+
+def run_plain(turn: Turn, scene: Scene) -> dict[str, Any]:
+    """Losses of every step, and how its seconds split."""
+    step = PlainStep(scene.policy(), scene.source(prefetch=False), scene.pairs, scene.rows(), BETA, LR)
+    for number in range(scene.steps):
+        turn.next()
+        step(number)
+    return {"losses": step.losses, "split": step.seconds}
+
+
+def run_way(turn: Turn, scene: Scene, way: Way) -> dict[str, Any]:
+    """Losses of every step, and the seconds of the pass over the reference if this way made it."""
+    policy = scene.policy()
+    source = scene.source()
+    policy.free_encoders()
+    if way.channels_last:
+        policy.to_channels_last()
+    if way.compiled:
+        policy.compile()
+    trainer = DiffusionDPO(
+        policy, beta=BETA, caption_dropout=0.0, reference=way.reference, draws_per_pair=1, reference_batch_size=8
+    )
+    batches = trainer.source(source, SEED)
+    first_pass: list[float] = []
+    if trainer.cached is not None and not trainer.cached.folder.exists():
+        started = time.perf_counter()
+        trainer.begin(0, scene.folder)
+        first_pass.append(time.perf_counter() - started)
+    with tempfile.TemporaryDirectory(dir=scene.folder) as output:
+        settings = {
+            "output_dir": output,
+            "max_train_steps": scene.steps,
+            "per_device_train_batch_size": scene.batch_size,
+            "learning_rate": LR,
+            "lr_scheduler": "constant",
+            "checkpointing_steps": scene.steps,
+            **way.training,
         }
-        return {
-            "plain": {"pairs_per_second": self.options.batch_size / whole, "split_seconds": split, "seconds": whole},
-            "ways": ways_found,
-            "encoding_seconds": self.encoding,
-            "first_pass_seconds": self.first_pass,
-            "pairs": len(self.encoded),
+        da.fit(trainer, _InTurn(batches, turn), da.TrainingConfig(**settings))
+        lines = (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "train/loss" in row]
+    return {"losses": [row["train/loss"] for row in rows], "first_pass": first_pass}
+
+
+def measure(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
+    """All ways in turn, round after round."""
+    scene = Scene(folder, lora, options.batch_size, options.warmup + options.rounds + 1)
+    write_scene_pairs(scene.pairs, options.pairs, SEED)
+    started = time.perf_counter()
+    encoded = scene.encoded()
+    encoding = time.perf_counter() - started
+    ways = {name: way for name, way in (WAYS | COMPILED).items() if name in options.ways}
+    jobs: dict[str, Job] = {"plain": (run_plain, (scene,))}
+    jobs |= {name: (run_way, (scene, way)) for name, way in ways.items()}
+    found = _alone(jobs) if options.quick else take_turns(jobs, scene.steps - 1)
+    counted = slice(options.warmup, options.warmup + options.rounds)
+    seconds = {name: times[counted] for name, (times, _) in found.items()}
+    plain = found["plain"][1]
+    split = {part: statistics.median(step[part] for step in plain["split"][counted]) for part in PARTS}
+    whole = statistics.median(seconds["plain"])
+    results = {}
+    for name, way in ways.items():
+        ratios = [one / other for one, other in zip(seconds["plain"], seconds[name], strict=True)]
+        losses = found[name][1]["losses"]
+        results[name] = {
+            "pairs_per_second": scene.batch_size / statistics.median(seconds[name]),
+            "ratio": statistics.median(ratios),
+            "middle_half": _middle_half(ratios),
+            "predicted_ratio": whole / (whole - sum(split[part] for part in way.leaves_out)),
+            "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, plain["losses"], strict=True)),
         }
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    versions = {name: __import__(name).__version__ for name in ("torch", "diffusers", "accelerate", "peft")}
     return {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "plain": {"pairs_per_second": scene.batch_size / whole, "split_seconds": split, "seconds": whole},
+        "ways": results,
+        "encoding_seconds": encoding,
+        "first_pass_seconds": [s for name in ways for s in found[name][1]["first_pass"]],
+        "pairs": len(encoded),
     }
+
+
+def _alone(jobs: dict[str, Job]) -> dict[str, tuple[list[float], Any]]:
+    """As `take_turns`, in this process, one after another: to see that everything runs."""
+    found = {}
+    for name, (function, arguments) in jobs.items():
+        watch = Stopwatch()
+        result = function(watch, *arguments)
+        found[name] = (watch.seconds, result)
+    return found
+
+
+def _middle_half(values: list[float]) -> list[float]:
+    if len(values) < 4:
+        return [min(values), max(values)]
+    low, _, high = statistics.quantiles(values, n=4)
+    return [low, high]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -214,14 +239,15 @@ def table(record: dict[str, Any]) -> str:
         lines = [
             f"{mode}; of a plain step: {shares}",
             "",
-            "| way | pairs/s | times plain | predicted | largest loss difference |",
-            "| --- | ---: | ---: | ---: | ---: |",
-            f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | 1.00 | 0 |",
+            "| way | pairs/s | times plain | middle half | predicted | largest loss difference |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | | 1.00 | 0 |",
         ]
         for name, way in found["ways"].items():
+            low, high = way["middle_half"]
             lines.append(
-                f"| {name} | {way['pairs_per_second']:.1f} | {way['ratio']:.2f} | {way['predicted_ratio']:.2f} "
-                f"| {way['largest_loss_difference']:.1e} |"
+                f"| {name} | {way['pairs_per_second']:.1f} | {way['ratio']:.2f} | {low:.2f} to {high:.2f} "
+                f"| {way['predicted_ratio']:.2f} | {way['largest_loss_difference']:.1e} |"
             )
         once = found["first_pass_seconds"][0] if found["first_pass_seconds"] else 0.0
         lines += [
@@ -235,23 +261,26 @@ def table(record: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=24, help="timed steps of each way")
+    parser.add_argument("--warmup", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=96)
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, some minutes more")
-    parser.add_argument("--quick", action="store_true", help="two steps of adapters alone")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=tuple(MODES))
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS | COMPILED), help="all if left out")
+    parser.add_argument("--quick", action="store_true", help="two steps of adapters alone, one way after another")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_step_cpu.json")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.steps, options.warmup, options.rounds, options.batch_size, options.pairs = 2, 1, 1, 2, 4
+        options.rounds, options.warmup, options.batch_size, options.pairs = 1, 1, 2, 4
+        options.modes = list(MODES)[-1:]
+    options.ways = options.ways or tuple(WAYS if options.quick else WAYS | COMPILED)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     modes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for mode, lora in list(MODES.items())[-1 if options.quick else 0 :]:
-            modes[mode] = Bench(Path(folder) / mode.split(",")[0].replace(" ", "_"), options, lora=lora).run()
-    settings = {name: getattr(options, name) for name in ("steps", "warmup", "rounds", "batch_size")}
+        for mode in options.modes:
+            scene = Path(folder) / mode.split(",")[0].replace(" ", "_")
+            modes[mode] = measure(scene, options, lora=MODES[mode])
+    settings = {name: getattr(options, name) for name in ("warmup", "rounds", "batch_size")}
     record = {"machine": machine(), "settings": settings, "modes": modes}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The benchmarks of steps and sampling: what is compared does the same, and what is printed is what was found."""
+"""The benchmark of training steps: what is compared does the same, and what is printed is what was found."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import sampling, training_step
+from benchmarks import training_step
 
 PLAIN = {"pairs_per_second": 10.0, "seconds": 1.6, "split_seconds": dict.fromkeys(training_step.PARTS, 0.2)}
-WAY = {"pairs_per_second": 12.5, "ratio": 1.25, "predicted_ratio": 1.333, "largest_loss_difference": 2e-6}
+WAY = {"pairs_per_second": 12.5, "ratio": 1.25, "middle_half": [1.2, 1.31], "predicted_ratio": 1.333}
+WAY["largest_loss_difference"] = 2e-6
 MODE = {"plain": PLAIN, "ways": {"live": WAY}, "encoding_seconds": 3.0, "first_pass_seconds": [1.25], "pairs": 96}
 
 
 def test_the_table_says_what_the_record_does() -> None:
     lines = training_step.table({"modes": {"all weights": MODE}}).splitlines()
     assert lines[0].startswith("all weights; of a plain step: images 12%, text 12%, reference 12%")
-    assert lines[-3] == "| live | 12.5 | 1.25 | 1.33 | 2.0e-06 |"
+    assert lines[-3] == "| live | 12.5 | 1.25 | 1.20 to 1.31 | 1.33 | 2.0e-06 |"
     assert lines[-1] == "Encoding 96 pairs 3.0 s, their reference 1.2 s."
 
 
@@ -40,16 +40,3 @@ def test_all_ways_train_the_same_model(tmp_path: Path, capsys: pytest.CaptureFix
             assert way["largest_loss_difference"] < 1e-4  # at beta 2000
             assert way["predicted_ratio"] > 1
     assert training_step.table(record) in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_all_ways_of_sampling_draw_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "record.json"
-    assert sampling.main(["--batch-size", "2", "--steps", "2", "--rounds", "1", "--output", str(output)]) == 0
-    found = json.loads(output.read_text(encoding="utf-8"))["ways"]
-    assert found["one by one"]["ratio"] == 1
-    assert all(way["pictures_per_second"] > 0 for way in found.values())
-    assert capsys.readouterr().out.splitlines()[2].startswith("| one by one | ")
-    ways = sampling.ways(2, 2, 2.0)
-    assert torch.equal(ways["pipeline"](), ways["evaluation"]())
-    assert ways["rollout"]().shape == (2, 3, 64, 64)

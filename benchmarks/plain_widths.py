@@ -1,0 +1,145 @@
+"""A Diffusion-DPO step at real widths as public scripts write it: `benchmarks/plain_step.py` on a GPU.
+
+Pictures and prompts are encoded at every step, by autoencoder and text encoders of the published widths; the reference
+answers in a forward pass of its own; the optimizer is AdamW as it comes; the loss is read at every step; nothing is
+compiled. Pictures arrive decoded and resized, as a script's data loader hands them over from its own processes, and
+noise is drawn on the accelerator. Weights that are not trained are in half precision, and both forward passes run under
+the same autocast, as in a careful script.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.architectures import Architecture, add_encoders
+from benchmarks.profiling import Profiler
+from benchmarks.steps import BETA, PROFILED, Timeline, split_of, summary, synchronise
+from diffalign.batches import Conditioning
+
+PARTS = ("images", "text", "reference", "policy", "backward", "optimizer")
+"""What a step consists of."""
+
+
+class PlainStep:
+    """Trains a policy on random pictures, step after step.
+
+    Args:
+        policy: With adapters, or with all weights trained.
+        architecture: Its own, which has encoders.
+        batch_size: Pairs of a step.
+        dtype: Of autocast and the encoders; float32 for none.
+
+    Attributes:
+        timeline: When parts of the steps began and ended.
+        losses: Of every step.
+    """
+
+    def __init__(self, policy: Any, architecture: Architecture, batch_size: int, dtype: torch.dtype) -> None:
+        if not architecture.encoders:
+            raise ValueError(f"{architecture.name} has no encoders here; a plain step needs an autoencoder and texts")
+        add_encoders(policy, architecture, dtype)
+        self.policy, self.reference, self.dtype = policy, policy.frozen(), dtype
+        self.pipeline, self.device = policy.pipeline, policy.device
+        self.optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-5)
+        self.alphas_cumprod = self.pipeline.scheduler.alphas_cumprod.to(self.device)
+        draw = torch.Generator().manual_seed(0)
+        shape = (2 * batch_size, 3, *architecture.size)
+        self.pictures = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        self.prompts = [f"a photo of thing number {number}" for number in range(batch_size)]
+        self.timeline = Timeline(self.device)
+        self.losses: list[float] = []
+
+    def __call__(self) -> None:
+        """One optimizer step."""
+        self.timeline.begin_step()
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with self.timeline.part("images"), torch.no_grad():
+            latents = self._latents()
+        with self.timeline.part("text"), torch.no_grad():
+            embedded = self._text().repeat(2)
+        count = len(latents) // 2
+        timesteps = torch.randint(0, len(self.alphas_cumprod), (count,), device=self.device).repeat(2)
+        noise = torch.randn_like(latents[:count]).repeat(2, 1, 1, 1)
+        kept = self.alphas_cumprod[timesteps][:, None, None, None]
+        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        with self.timeline.part("reference"), torch.no_grad(), autocast:
+            reference = self._errors(self.reference.predict(noisy, timesteps, embedded), noise)
+        with self.timeline.part("policy"):
+            with autocast:
+                prediction = self.policy.predict(noisy, timesteps, embedded)
+            won, lost = (self._errors(prediction, noise) - reference).chunk(2)
+            loss = -F.logsigmoid(-0.5 * BETA * (won - lost)).mean()
+        with self.timeline.part("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        with self.timeline.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.policy.trainable_parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
+
+    def _latents(self) -> Tensor:
+        vae = self.pipeline.vae
+        pixels = self.pictures.to(self.device).to(self.dtype) / 127.5 - 1
+        latents: Tensor = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+        return latents.float()
+
+    def _text(self) -> Conditioning:
+        pipeline = self.pipeline
+        ids = pipeline.tokenizer(
+            self.prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.device)
+        first = pipeline.text_encoder(ids, output_hidden_states=True)
+        if getattr(pipeline, "text_encoder_2", None) is None:
+            return Conditioning({"hidden": first.last_hidden_state})
+        second = pipeline.text_encoder_2(ids, output_hidden_states=True)
+        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return Conditioning({"hidden": hidden, "pooled": second.text_embeds})
+
+    @staticmethod
+    def _errors(prediction: Tensor, noise: Tensor) -> Tensor:
+        return (prediction.float() - noise).square().mean((1, 2, 3))
+
+
+def measure(
+    policy: Any,
+    architecture: Architecture,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    steps: int,
+    warmup: int,
+    rounds: int,
+    profiler: Profiler | None = None,
+) -> dict[str, Any]:
+    """Runs the plain step and reads the clock; arguments and result as `benchmarks.steps.measure`."""
+    step = PlainStep(policy, architecture, batch_size, dtype)
+    device = step.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(warmup):
+        step()
+    rates = []
+    for _ in range(rounds):
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronise(device)
+        rates.append(batch_size * steps / (time.perf_counter() - started))
+    profile = None
+    step.timeline.begin_step()  # ends the last one
+    if profiler is not None:
+        profiler.start()
+        for _ in range(PROFILED):
+            step()
+        synchronise(device)
+        profile = profiler.stop(PROFILED)
+    synchronise(device)
+    times = step.timeline.seconds()[: warmup + rounds * steps]
+    split = split_of(times[warmup:], PARTS)
+    return summary(policy, batch_size, rates, split, times[0]["step"], step.losses, profile)
