@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from diffalign.devices import send
 from diffalign.randomness import Draw
 
 
@@ -34,12 +35,9 @@ class Conditioning:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to a device; floating-point tensors also cast to `dtype` if one is given."""
-        return Conditioning(
-            {
-                n: t.to(device, dtype if t.is_floating_point() else None, non_blocking=t.is_pinned())
-                for n, t in self.tensors.items()
-            }
-        )
+        place = torch.device(device)
+        sent = {name: send(tensor, place) for name, tensor in self.tensors.items()}
+        return Conditioning({n: t.to(dtype if t.is_floating_point() else None) for n, t in sent.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
@@ -90,7 +88,7 @@ class PairBatch:
             if isinstance(value, Conditioning):
                 return value.to(device, dtype)
             # One number for each pair, such as its weight, is no latent and keeps its precision.
-            return value.to(device, dtype if value.ndim > 1 else None, non_blocking=value.is_pinned())
+            return send(value, torch.device(device)).to(dtype if value.ndim > 1 else None)
 
         return replace(self, **{f.name: moved(f.name, getattr(self, f.name)) for f in fields(self)})
 

@@ -111,7 +111,7 @@ def draw_side(
 ) -> Side:
     """Draws what the benchmarks lack of one model's pictures."""
     section = ModelConfig(pretrained_model_name_or_path=asked.model, num_frames=asked.num_frames)
-    policy: Any = load_model(section, source, adapter=asked.adapter, size=asked.size)
+    policy: Any = load_model(section, source, adapter=asked.adapter, size=asked.size, sampling=asked.sampling)
     sampling = asked.sampling.resolved(policy)
     scheduler = json.loads(policy.pipeline.scheduler.to_json_string())
     scheduler.pop("_diffusers_version", None)
@@ -124,6 +124,7 @@ def draw_side(
         "guidance_scale": sampling.guidance_scale,
         "num_inference_steps": sampling.num_inference_steps,
         "size": list(policy.size),
+        **sampling.caches(),
     }
     if policy.is_video:
         said |= {"num_frames": policy.num_frames, "fps": sampling.fps}

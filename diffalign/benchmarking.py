@@ -46,6 +46,8 @@ def evaluate_benchmarks(
     guidance_scale: float | None = None,
     num_inference_steps: int | None = None,
     batch_size: int | None = None,
+    torch_compile: bool = False,
+    deep_cache: int | None = None,
     **options: Any,
 ) -> str:
     """Body of `diffalign evaluate MODEL --benchmark ...`; `options` are those of `evaluate_model`."""
@@ -55,7 +57,11 @@ def evaluate_benchmarks(
         raise ValueError("--height and --width go together; give both or neither")
     size = (height, width) if height is not None and width is not None else None
     sampling = SamplingConfig(
-        guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, batch_size=batch_size
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        batch_size=batch_size,
+        torch_compile=torch_compile,
+        deep_cache=deep_cache,
     )
     return evaluate_model(Asked(model, adapter, sampling, size, num_frames), benchmarks, output, **options)
 

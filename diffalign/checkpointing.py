@@ -7,23 +7,20 @@ operation by operation, as in Korthikanti et al. 2022, "Reducing Activation Reco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-__all__ = ["Recompute", "recompute_activations"]
+__all__ = ["Recompute", "is_kept", "recompute_activations"]
 
 Recompute = bool | Literal["selective"]
 
-KEPT = frozenset(
+_ALWAYS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
         "convolution",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention",
@@ -31,7 +28,23 @@ KEPT = frozenset(
         "_scaled_dot_product_flash_attention_for_cpu",
     )
 )
-"""Operations that "selective" computes once: nearly all of a step's arithmetic, and about half of its activations."""
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+"""Matrix products, with the place of their first matrix among the arguments."""
+
+
+def is_kept(operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether "selective" computes an operation once and keeps what it gives.
+
+    A product of [N, K] and [K, M] costs K multiplications for each number that would have to be kept. Convolutions
+    cost the most, then the products that make their input narrower, K > M; the others (queries, keys, values, and the
+    wide layers whose outputs are most of a transformer's activations) are computed again.
+    """
+    if operation in _ALWAYS:
+        return True
+    if operation not in _PRODUCTS:
+        return False
+    right = arguments[_PRODUCTS[operation] + 1]
+    return bool(right.shape[0] > right.shape[1])
 
 
 def recompute_activations(denoiser: Any, how: Recompute) -> None:
@@ -39,8 +52,8 @@ def recompute_activations(denoiser: Any, how: Recompute) -> None:
 
     Args:
         denoiser: A diffusers model that can do it.
-        how: True for all of a block's, which costs one more forward pass; "selective" for norms, activation functions
-            and the like, and not for matrix products, convolutions and attention; False changes nothing.
+        how: True for all of a block's, which costs one more forward pass; "selective" for what `is_kept` leaves: norms,
+            activation functions and products whose outputs are wide; False changes nothing.
     """
     if how:
         denoiser.enable_gradient_checkpointing(_selective if how == "selective" else _whole)
@@ -57,4 +70,4 @@ def _selective(block: Any, *inputs: Any) -> Any:
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE

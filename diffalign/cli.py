@@ -1,10 +1,12 @@
 """The command line. Thin on purpose: it parses, calls `diffalign.commands`, and turns user errors into one line.
 
-Nothing heavy is imported before a command runs, so that `diffalign --help` answers at once.
+Nothing heavy is imported before a command runs, so that `diffalign --help` answers at once; nor before a run's
+configuration was read, so that a mistake in it is told at once.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -68,6 +70,11 @@ def demo(output: str, seeds: str, quick: bool) -> None:
 @click.option("--num-frames", type=click.IntRange(min=1), default=None, help="Of a video; likewise.")
 @click.option("--fps", type=float, default=None, help="Frames per second of the video files; likewise.")
 @click.option("--batch-size", type=int, default=None, help="Default: 8 images or 1 video.")
+@click.option("--torch-compile", is_flag=True, help="Compile the denoiser first: for many pictures on a GPU.")
+@click.option(
+    "--deep-cache", type=click.IntRange(min=1), default=None, help="Of UNets: compute all every N steps only."
+)
+@click.option("--first-block-cache", type=click.FloatRange(min=0), default=None, help="Of transformers: threshold.")
 @click.option("--reward-guidance", default=None, help="Folder of a reward model that `train-reward` made.")
 @click.option("--reward-weights", default="", help="Of its dimensions, such as VQ=0.5,TA=1; default: 1 for all.")
 @click.option("--reward-scale", type=float, default=1.0, show_default=True, help="Strength of its guidance.")
@@ -100,7 +107,7 @@ def sample(
 @OVERRIDES
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """Make preference pairs with the model of CONFIG: sample, score, keep best against worst."""
-    _print(_commands().pairs(config, overrides))
+    _print(_commands(config, overrides).pairs(config, overrides))
 
 
 @cli.command()
@@ -108,7 +115,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 @OVERRIDES
 def rollout(config: str, overrides: tuple[str, ...]) -> None:
     """Draw the images that people label next, with the weights the run of CONFIG has now. Goes on where it stopped."""
-    _print(_commands().rollout(config, overrides))
+    _print(_commands(config, overrides).rollout(config, overrides))
 
 
 @cli.command(cls=SeveralNames)
@@ -139,7 +146,7 @@ def score(source: str, rewards: tuple[str, ...], output: str | None, **options: 
     INPUT is a folder (the prompt of a.png in a.txt, or a metadata.jsonl or .csv as imagefolder reads it), a JSONL with
     id, prompt and image, or a parquet file with paths or bytes.
     """
-    _print(_commands().score(source, rewards, output, **options))
+    _print(_light().score(source, rewards, output, **options))
 
 
 @cli.command("evaluate-reward")
@@ -165,14 +172,14 @@ def evaluate_reward(rewards: tuple[str, ...], benchmark: str, output: str, **opt
     FILE is JSONL, JSON, CSV or parquet with prompt, media_a, media_b and label (a, b, tie) or p_a, or with the columns
     of Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB or VideoGen-RewardBench.
     """
-    _print(_commands().evaluate_reward(rewards, benchmark, output, **options))
+    _print(_light().evaluate_reward(rewards, benchmark, output, **options))
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, for programs.")
 def rewards(as_json: bool) -> None:
     """List the reward models: kind, dimensions, licence, weights, memory, differentiable or not."""
-    click.echo(_commands().rewards(as_json))
+    click.echo(_light().rewards(as_json))
 
 
 @cli.command("serve-reward")
@@ -187,7 +194,7 @@ def rewards(as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 def serve_reward(rewards: tuple[str, ...], **options: Any) -> None:
     """Score what other machines send over HTTP; their side is the reward model `remote`."""
-    _commands().serve_reward(rewards, **options)
+    _light().serve_reward(rewards, **options)
 
 
 @cli.command()
@@ -199,7 +206,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     With several processes: accelerate launch --config_file configs/accelerate/ddp.yaml -m diffalign train CONFIG
     """
-    _print(_commands().train(config, overrides, dry_run))
+    _print(_commands(config, overrides).train(config, overrides, dry_run))
 
 
 @cli.command("train-reward")
@@ -236,6 +243,10 @@ def train_reward(config: str, overrides: tuple[str, ...]) -> None:
 @click.option("--width", type=click.IntRange(min=1), default=None)
 @click.option("--num-frames", type=click.IntRange(min=1), default=None, help="Of a video; likewise.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=None, help="Default: 8 images or 1 video.")
+@click.option("--torch-compile", is_flag=True, help="Compile the denoiser first: for many pictures on a GPU.")
+@click.option(
+    "--deep-cache", type=click.IntRange(min=1), default=None, help="Of UNets: compute all every N steps only."
+)
 @click.option(
     "--import", "imported", default=None, metavar="FOLDER", help="Judge pictures made elsewhere; draw nothing."
 )
@@ -251,7 +262,7 @@ def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...
     """
     is_config = target.lower().endswith((".yaml", ".yml"))
     if not benchmarks:
-        given = [name for name, value in options.items() if value not in (None, ())]
+        given = [name for name, value in options.items() if value not in (None, (), False)]
         if given or not (is_config or os.path.isfile(target)):
             flag = (
                 {"imported": "import", "exported": "export", "options": "option"}.get(given[0], given[0])
@@ -262,7 +273,7 @@ def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...
             raise ValueError(
                 f"evaluate takes a CONFIG, or a MODEL with --benchmark NAME; found {found} and no --benchmark"
             )
-        _print(_commands().evaluate(target, overrides))
+        _print(_commands(target, overrides).evaluate(target, overrides))
         return
     if is_config:
         raise ValueError(f"--benchmark judges a MODEL (folder, Hub id or diffalign://...), found the config {target!r}")
@@ -316,7 +327,7 @@ def report(runs: tuple[str, ...], **options: Any) -> None:
 
     RUN is the output_dir of a training run, or the --output of an evaluation.
     """
-    click.echo(_commands().report(runs, **options))
+    click.echo(_light().report(runs, **options))
 
 
 @cli.command()
@@ -331,7 +342,6 @@ def report(runs: tuple[str, ...], **options: Any) -> None:
 )
 def export(source: str, layout: str, output: str, family: str | None) -> None:
     """Write the LoRA of SOURCE (a run's folder or a file) in another program's key layout, or back."""
-    _commands()
     from diffalign import lora_formats
 
     click.echo(lora_formats.export(source, layout, output, family))
@@ -343,7 +353,6 @@ def export(source: str, layout: str, output: str, family: str | None) -> None:
 @click.option("--repo-id", default=None, help="Where it will be published, for the card's examples.")
 def card(run_dir: str, license: str | None, repo_id: str | None) -> None:
     """Write the model card of a run: README.md, with data, configuration, curves and scores."""
-    _commands()
     from diffalign import model_card
 
     click.echo(model_card.card(run_dir, license, repo_id))
@@ -356,7 +365,6 @@ def card(run_dir: str, license: str | None, repo_id: str | None) -> None:
 @click.option("--license", default=None, help="Licence of the weights, as the Hub names it.")
 def push(run_dir: str, repo_id: str, private: bool, license: str | None) -> None:
     """Publish the weights and the model card of a run on the Hugging Face Hub, in one commit."""
-    _commands()
     from diffalign import publishing
 
     click.echo(publishing.push(run_dir, repo_id, private, license))
@@ -366,7 +374,7 @@ def push(run_dir: str, repo_id: str, private: bool, license: str | None) -> None
 @click.option("--output", default=".", help="Folder whose disk is looked at.")
 def doctor(output: str) -> None:
     """Print versions, devices, attention backends, disk, and what is missing for which feature."""
-    click.echo(_commands().doctor(output))
+    click.echo(_light().doctor(output))
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -385,15 +393,36 @@ def _print(result: str) -> None:
     leave()
 
 
-def _commands() -> ModuleType:
-    """The heavy half, with the libraries' own bars and hints switched off."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def _light() -> ModuleType:
+    """The bodies of commands that load no diffusion model."""
+    return importlib.import_module("diffalign.light_commands")
 
+
+def _commands(config: str | None = None, overrides: tuple[str, ...] = ()) -> ModuleType:
+    """The heavy half, with the libraries' own bars and hints switched off.
+
+    Args:
+        config: A run's configuration that the command will read: a mistake in it is told before seconds of importing.
+        overrides: Of it.
+    """
+    if config is not None:
+        from diffalign.config import load_config
+
+        load_config(config, overrides)
+    looks_for_garbage = gc.isenabled()
+    gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of the time
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        commands = importlib.import_module("diffalign.commands")
+    finally:
+        if looks_for_garbage:
+            gc.enable()
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    return importlib.import_module("diffalign.commands")
+    return commands
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -409,6 +438,7 @@ def _quiet() -> None:
     import logging
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logger = logging.getLogger("diffalign")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,5 +1,7 @@
 """The bodies of the command line's commands, each usable from Python; they return what the terminal shows last.
 
+Those that load no diffusion model are in `diffalign.light_commands`.
+
 Everything that can be refused is refused before weights are loaded: configuration, model folder, prediction type,
 data columns, checkpoints of another configuration.
 """
@@ -7,7 +9,6 @@ data columns, checkpoints of another configuration.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,8 +37,6 @@ from diffalign.media_checks import check_judges, check_media_settings, check_sco
 from diffalign.mining import mine_pairs
 from diffalign.processes import launched
 from diffalign.prompts import read_prompts
-from diffalign.resumable import write_atomically
-from diffalign.reward_names import check_rewards, load_rewards
 from diffalign.training import checked, train_config
 from diffalign.validating import BENCHMARK_PROMPTS, benchmark_requests, judge_side, open_benchmark
 
@@ -68,7 +67,7 @@ def sample(
     rows = read_prompts(prompts, limit, settings.seed)
     requests, processes = make_requests(rows, settings, is_video=kind.is_video), launched()
     section = ModelConfig(pretrained_model_name_or_path=model, num_frames=num_frames)
-    policy: Any = load_model(section, source, adapter=adapter, size=size)
+    policy: Any = load_model(section, source, adapter=adapter, size=size, sampling=settings)
     policy.put_negative(negative, alpha=settings.negative_alpha, scale=settings.negative_scale)
     policy.reward_guidance = load_guidance(policy, settings)
     made_from = {"model": model, "adapter": adapter}
@@ -99,8 +98,10 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     reward_model = load_reward_model(
         config.pairs.reward_model, **{"device": pick_device(), **config.pairs.reward_options}
     )
-    policy = load_model(config.model, source, adapter=config.model.adapter, size=picture_size(config))
     sampling = config.sampling
+    policy = load_model(
+        config.model, source, adapter=config.model.adapter, size=picture_size(config), sampling=sampling
+    )
     policy.put_negative(negative, alpha=sampling.negative_alpha, scale=sampling.negative_scale)
     out = pairs_folder(config)
     model = {"model": config.model.pretrained_model_name_or_path, "adapter": config.model.adapter}
@@ -110,144 +111,6 @@ def pairs(config_path: str, overrides: Sequence[str] = ()) -> str:
     facts = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
                       for k, v in summary.items() if isinstance(v, int | float))  # fmt: skip
     return f"{facts}\npairs: {out / 'index.jsonl'}"
-
-
-def score(
-    source: str,
-    rewards: Sequence[str],
-    output: str | None,
-    *,
-    batch_size: int = 32,
-    workers: int = 0,
-    dtype: str = "float32",
-    image_column: str | None = None,
-    prompt_column: str | None = None,
-    histograms: bool = True,
-    options: Sequence[str] = (),
-) -> str:
-    """Body of `diffalign score`."""
-    from diffalign.reward_models.inputs import HISTOGRAMS, open_input
-    from diffalign.reward_models.score_files import check_suffix
-    from diffalign.reward_models.scoring import check_models, score_index
-    from diffalign.reward_models.scoring_report import draw_histograms
-
-    place = Path(source).expanduser()
-    out = (
-        Path(output) if output else place.with_name(f"{place.name}.scores.jsonl" if place.is_dir() else "scores.jsonl")
-    )
-    check_suffix(out)
-    infos = check_rewards(rewards, options)
-    rows = open_input(place, image_column=image_column, prompt_column=prompt_column)
-    rows.check_output(out)
-    check_models(rows, infos)
-    processes = launched()
-    models = load_rewards(rewards, dtype, options)
-    threads = workers or min(os.cpu_count() or 1, 16)
-    for model in models:
-        model.workers = threads
-    summary = score_index(rows, models, out, batch_size, processes=processes, workers=threads)
-    lines = [str(summary), f"scores: {out}"]
-    picture = draw_histograms(summary.columns) if histograms and processes.is_first else None
-    if picture is not None:
-        drawn = out.with_name(out.stem + HISTOGRAMS)
-        write_atomically(drawn, picture)
-        lines.append(f"histograms: {drawn}")
-    return "\n".join(lines)
-
-
-def evaluate_reward(
-    rewards: Sequence[str],
-    benchmark: str,
-    output: str,
-    *,
-    data: str | None = None,
-    media_dir: str | None = None,
-    calibration: str | None = None,
-    calibration_media: str | None = None,
-    batch_size: int = 32,
-    workers: int = 0,
-    dtype: str = "float32",
-    options: Sequence[str] = (),
-) -> str:
-    """Body of `diffalign evaluate-reward`."""
-    from diffalign.eval.judged_media import JudgedFile
-    from diffalign.eval.reward_accuracy_table import render
-    from diffalign.eval.reward_runs import evaluate_rewards, find_file
-
-    check_rewards(rewards, options)
-    name, file = find_file(benchmark, data)
-    other = None if calibration is None else JudgedFile(calibration)
-    processes = launched()
-    report = evaluate_rewards(
-        load_rewards(rewards, dtype, options),
-        file,
-        output,
-        benchmark=name,
-        media_folder=media_dir,
-        calibration=other,
-        calibration_media=calibration_media,
-        batch_size=batch_size,
-        workers=workers or min(os.cpu_count() or 1, 16),
-        processes=processes,
-    )
-    return f"{render(report)}\nresults: {Path(output) / 'report.json'}"
-
-
-def rewards(as_json: bool = False) -> str:
-    """Body of `diffalign rewards`."""
-    from diffalign.reward_models.catalogue import catalogue, render_catalogue, render_json
-
-    return render_json(catalogue()) if as_json else render_catalogue(catalogue())
-
-
-def serve_reward(
-    rewards: Sequence[str],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token_env: str | None = None,
-    max_body: int = 64_000_000,
-    max_pixels: int = 50_000_000,
-    batch_size: int = 32,
-    dtype: str = "float32",
-    options: Sequence[str] = (),
-) -> None:
-    """Body of `diffalign serve-reward`; returns when it is interrupted."""
-    from diffalign.reward_models.server import build_app, check_access, run_server
-    from diffalign.reward_models.wire import Limits
-
-    token = os.environ.get(token_env) if token_env else None
-    if token_env and not token:
-        raise ValueError(f"the environment variable {token_env!r} is not set; put the token into it")
-    check_access(host, token)
-    check_rewards(rewards, options)
-    models = load_rewards(rewards, dtype, options)
-    app = build_app(models, token=token, limits=Limits(max_body, max_pixels), batch_size=batch_size)
-    run_server(app, host, port)
-
-
-def report(runs: str | Sequence[str], output: str | None = None, format: str = "html", **options: Any) -> str:
-    """Body of `diffalign report`: where the page is, or the tables themselves where they are written to no file.
-
-    Args:
-        runs: Folder of a run, or several of them.
-        output: File to write; None is `report.html` in the run's folder, and the terminal for Markdown and LaTeX.
-        format: "html", "markdown" or "latex".
-        options: Those of `write_report`.
-    """
-    from diffalign.eval.report import render_report, write_report
-
-    paths = [Path(run) for run in ([runs] if isinstance(runs, str) else runs)]
-    if format != "html" and output is None:
-        return render_report(paths, format, **options).rstrip("\n")
-    return f"report: {write_report(paths, output, format=format, **options)}"
-
-
-def doctor(output: str) -> str:
-    """Body of `diffalign doctor`."""
-    from diffalign.doctor import collect, render
-
-    return render(collect(output))
 
 
 def train(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False) -> str:
@@ -336,6 +199,7 @@ def evaluate_config(config: RunConfig) -> Any:
         adapter=compared.get("adapter"),
         start=compared.get("start"),
         size=picture_size(config),
+        sampling=sampling,
     )
     sampling = sampling.resolved(policy)
     guidance = load_guidance(policy, sampling)
@@ -383,6 +247,7 @@ def evaluate_config(config: RunConfig) -> Any:
                 "guidance_scale": sampling.guidance_scale,
                 "num_inference_steps": sampling.num_inference_steps,
                 "prompts": evaluation.prompts,
+                **sampling.caches(),
             },
         }
 

@@ -61,7 +61,7 @@ class ModelConfig(_Strict):
             use, as a run's output folder holds them. If it is a LoRA, that one is trained further; leave out `lora`.
         attention: "native", "xformers", or a diffusers attention backend.
         gradient_checkpointing: Recompute activations in the backward pass to save memory. True: all of each block's,
-            for one more forward pass. "selective": all but what matrix products, convolutions and attention give.
+            for one more forward pass. "selective": all but what convolutions, attention and narrowing products give.
         resolution: Side in pixels of what is encoded and drawn, or [height, width]; None takes `data.resolution`, and
             without that the model's own.
         num_frames: Frames of a video; None takes the model's own.

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from diffalign.backbones import LoRA, ModelSource, load_policy
+from diffalign.backbones.deep_cache import deep_cache_of
 from diffalign.backbones.negative_files import NegativeModel, find_negative
 from diffalign.config import ConfigError, ModelConfig, RunConfig
 from diffalign.data import DataConfig
@@ -41,6 +42,7 @@ def load_model(
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> Policy:
     """The policy of a configuration: how `train`, `pairs`, `sample` and `evaluate` all load it.
 
@@ -53,7 +55,12 @@ def load_model(
         size: Height and width in pixels; None takes the model's own.
         dtype: Of the denoiser's frozen weights; None means float32.
         device: None picks the accelerator that is there, or the CPU.
+        sampling: What is drawn with it: compilation and deep caches; training asks for neither here.
+
+    Raises:
+        ValueError: If the model cannot be used, or cannot draw as `sampling` says; before weights are loaded.
     """
+    deep_cache = None if sampling is None else deep_cache_of(source, sampling)
     policy: Any = load_policy(
         source,
         lora=LoRA(**model.lora.model_dump()) if train and model.lora is not None else None,
@@ -72,6 +79,10 @@ def load_model(
         policy.divide_vae(slicing=model.vae_slicing, tiling=model.vae_tiling)
     if model.channels_last:
         policy.to_channels_last()
+    policy.deep_cache = deep_cache
+    if sampling is not None and sampling.torch_compile:
+        blocks = sampling.torch_compile == "blocks"
+        policy.compile(model.torch_compile_backend, model.torch_compile_mode, blocks=blocks)
     return cast(Policy, policy)
 
 

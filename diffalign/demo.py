@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from diffalign import commands
+from diffalign import commands, light_commands
 from diffalign.checkpoints import write_text
 from diffalign.config import ConfigError
 
@@ -59,7 +59,7 @@ def _one(folder: str, seed: int, quick: bool) -> None:
         (_line("pairs", CONFIG, *overrides), lambda: commands.pairs(CONFIG, overrides)),
         (_line("train", CONFIG, *overrides), lambda: commands.train(CONFIG, overrides)),
         (_line("evaluate", CONFIG, *overrides), lambda: commands.evaluate(CONFIG, overrides)),
-        (_line("report", folder), lambda: commands.report(folder, None)),
+        (_line("report", folder), lambda: light_commands.report(folder, None)),
     ]
     shown = ""
     for number, (line, body) in enumerate(stages, 1):

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from diffalign.config import TrainingConfig
 
@@ -55,7 +60,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ),
         log_with=None if config.report_to in (None, "none") else config.report_to,
         project_dir=config.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of every gradient
+        ],
         cpu=not torch.accelerator.is_available(),  # without it several processes on CPUs would not see each other
     )
     if accelerator.distributed_type == DistributedType.FSDP:

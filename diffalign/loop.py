@@ -137,7 +137,7 @@ class _Run:
         self.names, self.parameters = map(list, zip(*self.policy.named_trainable(), strict=True))
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which steps and clips by itself
         self.sharded = self.deepspeed or sharding.is_sharded(self.policy.denoiser)
-        self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.use_ema else None
+        self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
         self.warnings = EarlyWarnings()
         self.step = 0
         self._gradients_seen = False
@@ -242,10 +242,12 @@ class _Run:
 
     def _one_step(self) -> None:
         config, accelerator = self.config, self.accelerator
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), 0.0
         record = StepRecord(self.step)
         for micro in range(config.gradient_accumulation_steps):
+            asked = time.perf_counter()
             batch = self.source.batch(self.step, micro)
+            waited += time.perf_counter() - asked
             with accelerator.accumulate(self.policy.wrapped):
                 output = self.trainer.loss(batch.to(accelerator.device))
                 accelerator.backward(output.loss)  # which divides by the number of accumulation steps
@@ -270,7 +272,8 @@ class _Run:
         own = dict(report()) if report is not None else {}
         self.source.update(self.step)
         forwards = self.policy.forwards * accelerator.num_processes
-        record.known = {"lr": lr, "forwards": forwards, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        record.known = {"lr": lr, "forwards": forwards, "seconds": seconds, "data_seconds": waited}
         self._unread.append((record, own))
 
     def _read(self, bar: Any) -> None:

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from diffalign import __version__
 from diffalign.backbones.loading import BUILTIN, FAMILIES, LORA_FILE
 from diffalign.curves import draw_curves, panels, read_series
-from diffalign.data.encoded import MANIFEST
+from diffalign.data.index import MANIFEST
 from diffalign.data.pairs import ReadReport
 from diffalign.lora_formats import is_hub_id, pipeline_class
 from diffalign.public_text import public

@@ -40,6 +40,10 @@ class Policy(ABC):
         num_frames: Frames of a video; 1 for images.
         frame_rate: Frames per second of its videos, as the family was trained; 0 for images.
         reads_frame_rate: Whether the network is told `frame_rate`.
+        any_size: Whether `encode` and `predict` take pictures of other sizes than `size`, for
+            `data.aspect_ratio_buckets`.
+        compiled: Backend that the denoiser is compiled with; empty if it is not. Batches of one size are then the fast
+            ones.
         forwards: Samples that went through the denoiser so far, of policy and reference; those of `sample` not counted.
         max_tokens: How many tokens the text encoder reads, its special ones included.
         guidance_scale: What the family is usually sampled with, in the terms of its own pipeline.
@@ -56,7 +60,9 @@ class Policy(ABC):
     num_frames: int = 1
     frame_rate: float = 0.0
     reads_frame_rate: ClassVar[bool] = False
+    any_size: ClassVar[bool] = False
     max_tokens: int
+    compiled: str = ""
     forwards: int = 0
     guidance_scale: float
     num_inference_steps: int

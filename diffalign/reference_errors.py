@@ -74,11 +74,10 @@ class ReferenceErrors:
         assert source.draws_per_pair is not None  # as the trainer's settings say
         self.source, self.policy = source, policy
         self.count, self.draws = len(source.encoded), source.draws_per_pair
-        pairs = hashlib.blake2b("\n".join(source.encoded.ids).encode(), digest_size=16).hexdigest()
         self.settings: dict[str, Any] = {
             "reference": policy.reference_fingerprint(),
             "data": source.encoded.fingerprint,
-            "pairs": pairs,
+            "pairs": source.encoded.ids_digest(),
             "draws_per_pair": self.draws,
             "seed": source.seed,
             "caption_dropout": source.caption_dropout,

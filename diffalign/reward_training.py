@@ -21,10 +21,20 @@ from torch import Tensor
 from diffalign.backbones import ModelSource, inspect_model
 from diffalign.backbones.loading import check_gradient_checkpointing, check_options, policy_class
 from diffalign.batches import PairBatch
+from diffalign.checkpointing import recompute_activations
 from diffalign.comparisons import comparison_loss
 from diffalign.config import ConfigError, RewardConfig, RunConfig, dump_config
 from diffalign.configured import data_config, load_model, picture_size
-from diffalign.data import EncodedPairs, PairSource, check_media, check_source, encode_pairs, load_pairs
+from diffalign.data import (
+    EncodedPairs,
+    PairSource,
+    check_finished,
+    check_media,
+    check_source,
+    encode_pairs,
+    find_encoded,
+    load_pairs,
+)
 from diffalign.loop import fit, make_accelerator
 from diffalign.media_checks import check_media_settings
 from diffalign.noisy_rewards import NoisyReward, check_trunk
@@ -179,19 +189,25 @@ def train_reward(config: RunConfig) -> tuple[Path, dict[str, dict[str, float]]]:
     folder = Path(config.output_dir) / FOLDER
     training = config.training.model_copy(update={"output_dir": str(folder)})
     data = data_config(config)
-    check_source(data)
+    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
+    if data.check_source:
+        check_source(data)
+    else:
+        check_finished(cache)
     own = config.model_dump(mode="json", include={"seed", "model", "data", "reward", "training"})
     check_resume(training, own)
     accelerator = make_accelerator(training)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("train-reward keeps the model whole on every process; use configs/accelerate/ddp.yaml")
-    pairs = load_pairs(data)
-    check_media(pairs, policy_class(source))
+    pairs = load_pairs(data) if data.check_source else None
+    if pairs is not None:
+        check_media(pairs, policy_class(source))
     policy: Any = load_model(config.model, source, size=picture_size(config), device=accelerator.device)
-    if config.model.gradient_checkpointing:
-        policy.denoiser.enable_gradient_checkpointing()
-    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
-    encoded = encode_pairs(pairs, policy, data, cache, processes=launched())
+    recompute_activations(policy.denoiser, config.model.gradient_checkpointing)
+    if pairs is not None:
+        encoded = encode_pairs(pairs, policy, data, cache, processes=launched())
+    else:
+        encoded = find_encoded(policy, data, cache)
     dimensions = data.reward_columns or ("overall",)
     reward = NoisyReward.start(
         policy, settings.layers, dimensions, trained=settings.trunk == "trained", ties=settings.ties, seed=config.seed
@@ -239,6 +255,8 @@ def checked_reward(config: RunConfig) -> tuple[ModelSource, RewardConfig]:
         check_gradient_checkpointing(source)
     check_trunk(source, settings.layers)
     check_training(config, source.prediction, settings.timestep_sampling)
+    if config.data is not None and config.data.aspect_ratio_buckets:
+        raise ConfigError("data.aspect_ratio_buckets: train-reward takes pictures of one size; leave the buckets out")
     picture_size(config)
     check_media_settings(
         source, num_frames=model.num_frames, options=model.options, data=config.data, sampling=config.sampling

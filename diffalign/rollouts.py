@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from diffalign.batches import Conditioning, PairBatch
+from diffalign.devices import send
+from diffalign.generation import fill_up
 from diffalign.policy import Policy, Predictor
 from diffalign.randomness import Draw
 from diffalign.schedules import DiscreteSchedule, FlowSchedule, Schedule
@@ -207,7 +209,8 @@ class DeterministicSampler:
         """
         device = next(self.policy.denoiser.parameters()).device
         conditioning, unconditional = conditioning.to(device), unconditional.to(device)
-        latents = torch.stack([draw.normal("initial noise", self.policy.latent_shape) for draw in draws]).to(device)
+        noise = torch.stack([draw.normal("initial noise", self.policy.latent_shape) for draw in draws])
+        latents = send(noise, device)
         for now, after in pairwise(self.grid):
             times = now.expand(len(draws)), after.expand(len(draws))
             output = guided(predictor, latents, times[0], conditioning, unconditional, self.guidance_scale)
@@ -287,8 +290,10 @@ class StochasticSampler:
         drawn = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
-            told = conditioning[[number for number, _ in chunk]]
-            drawn.append(self._trajectories([(draws[number], k) for number, k in chunk], told, unconditional))
+            filled = fill_up(chunk, batch_size) if policy.compiled else chunk
+            told = conditioning[[number for number, _ in filled]]
+            path, log_probs = self._trajectories([(draws[number], k) for number, k in filled], told, unconditional)
+            drawn.append((path[: len(chunk)], log_probs[: len(chunk)]))
         return Rollouts(
             prompts=tuple(prompts),
             draws=tuple(draws),
@@ -306,13 +311,14 @@ class StochasticSampler:
         device = next(self.policy.denoiser.parameters()).device
         shape = self.policy.latent_shape
         conditioning, unconditional = conditioning.to(device), unconditional.to(device)
-        latents = torch.stack([draw.normal("initial noise", shape) for draw, _ in images]).to(device)
+        latents = send(torch.stack([draw.normal("initial noise", shape) for draw, _ in images]), device)
         path, log_probs = [latents], []
         for step, (now, after) in enumerate(pairwise(self.grid)):
             times = now.expand(len(images)), after.expand(len(images))
             law = self.transition(self.policy, latents, *times, conditioning, unconditional)
+            # drawn while the device still computes the law
             noise = torch.stack([draw.normal(f"image {k}, step {step}", shape) for draw, k in images])
-            latents = law.draw(noise.to(device)).float()  # the next step starts from exactly what is stored
+            latents = law.draw(send(noise, device)).float()  # the next step starts from exactly what is stored
             path.append(latents)
             log_probs.append(law.log_prob(latents).float())
         return torch.stack(path, 1).cpu(), torch.stack(log_probs, 1).cpu()

@@ -12,13 +12,22 @@ import torch
 
 from diffalign import checkpoints
 from diffalign.backbones import LoRA, ModelSource, inspect_model
-from diffalign.backbones.loading import check_gradient_checkpointing, check_options, policy_class
+from diffalign.backbones.loading import check_gradient_checkpointing, check_options, check_repeated_blocks, policy_class
 from diffalign.backbones.precision import DTYPES
 from diffalign.backbones.starting import check_start
+from diffalign.checkpointing import recompute_activations
 from diffalign.checkpoints import CheckpointFolder, write_text
 from diffalign.config import ConfigError, RunConfig, TrainingConfig, dump_config, trainer_settings
 from diffalign.configured import data_config, load_model, picture_size
-from diffalign.data import PairSource, check_media, check_source, encode_pairs, load_pairs
+from diffalign.data import (
+    PairSource,
+    check_finished,
+    check_media,
+    check_source,
+    encode_pairs,
+    find_encoded,
+    load_pairs,
+)
 from diffalign.devices import pick_device
 from diffalign.loop import Waiting, fit, make_accelerator
 from diffalign.media_checks import check_media_settings, check_scorers
@@ -29,7 +38,7 @@ from diffalign.rollout_checks import check_rollout, round_plan, steps_done
 from diffalign.rollout_labels import to_do
 from diffalign.rollout_source import RolloutSource
 from diffalign.rollout_store import FOLDER, RoundFolder
-from diffalign.training_checks import check_training
+from diffalign.training_checks import check_buckets, check_training
 from diffalign.validating import Validation
 
 logger = logging.getLogger("diffalign")
@@ -53,15 +62,22 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
         return _train_on_rollouts(config, training, source, say)
     data = data_config(config, scored=trainer_class.learns_from == "scored")
     winners_only = trainer_class.learns_from == "winners"
-    check_source(data, winners_only=winners_only)
+    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
+    if data.check_source:
+        check_source(data, winners_only=winners_only)
+    else:
+        check_finished(cache)
     whole = config.model_dump(mode="json")
     check_resume(training, whole)
     accelerator = make_accelerator(training)
-    pair_set = load_pairs(data, winners_only=winners_only)
-    check_media(pair_set, policy_class(source))
+    pair_set = load_pairs(data, winners_only=winners_only) if data.check_source else None
+    if pair_set is not None:
+        check_media(pair_set, policy_class(source))
     policy = training_policy(config, source, accelerator.device)
-    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
-    encoded = encode_pairs(pair_set, policy, data, cache, processes=launched())
+    if pair_set is not None:
+        encoded = encode_pairs(pair_set, policy, data, cache, processes=launched())
+    else:
+        encoded = find_encoded(policy, data, cache, winners_only=winners_only)
     policy.free_encoders()
     train_view, validation_view = encoded, None
     if training.num_validation_pairs:
@@ -149,12 +165,15 @@ def checked(config: RunConfig) -> ModelSource:
         lora = check_start(source, Path(model.adapter), lora)
     if model.gradient_checkpointing:
         check_gradient_checkpointing(source)
+    if model.torch_compile == "blocks":
+        check_repeated_blocks(source)
     if config.training.validation_steps and config.training.validation_prompts:
         policy_class(source).check_sampling(source)
     if model.quantization is not None:
         if lora is None:
             raise ConfigError("model.quantization: quantized weights cannot be trained; add adapters with model.lora")
         check_quantization(model.quantization, pick_device())
+    check_buckets(config, policy_class(source), source.family, trainer_class, settings)
     law = getattr(trainer_settings(config)[1], "timestep_sampling", "uniform")
     check_training(config, source.prediction, law)
     picture_size(config)
@@ -187,10 +206,9 @@ def training_policy(config: RunConfig, source: ModelSource, device: torch.device
         dtype=DTYPES[config.training.mixed_precision],
         device=device,
     )
-    if model.gradient_checkpointing:
-        policy.denoiser.enable_gradient_checkpointing()
+    recompute_activations(policy.denoiser, model.gradient_checkpointing)
     if model.torch_compile:
-        policy.compile(model.torch_compile_backend)
+        policy.compile(model.torch_compile_backend, model.torch_compile_mode, blocks=model.torch_compile == "blocks")
     return cast(Policy, policy)
 
 

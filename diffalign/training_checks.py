@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 from diffalign.attention import check_attention
 from diffalign.config import ConfigError, RunConfig
@@ -32,6 +33,36 @@ def check_training(config: RunConfig, prediction: Prediction, law: str) -> None:
         check_law(law, flow=prediction is Prediction.VELOCITY)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_buckets(config: RunConfig, family: Any, family_name: str, trainer_class: Any, settings: Any) -> None:
+    """Refuses what cannot go together with pictures of several sizes; nothing if there is one size.
+
+    Args:
+        config: The whole configuration.
+        family: The class of the policy.
+        family_name: What users call it.
+        trainer_class: The method.
+        settings: Of the method.
+
+    Raises:
+        ConfigError: With one line that says what does not.
+    """
+    if config.data is None or not config.data.aspect_ratio_buckets:
+        return
+    reason = None
+    if family.is_video or not family.any_size:
+        reason = f"{family_name} takes pictures of one size here"
+    elif config.model.options.get("timestep_shift") == "dynamic":
+        reason = "with model.options.timestep_shift: dynamic each size would have a law of timesteps of its own"
+    elif not trainer_class.any_size:
+        reason = f"{trainer_class.__name__} draws samples of one size beside them"
+    elif getattr(settings, "reference", "live") == "cached":
+        reason = "trainer.reference: cached measures pairs in batches of all sizes; set it to live"
+    elif getattr(settings, "cache_inversion", False):
+        reason = "trainer.cache_inversion inverts pairs in batches of all sizes; set it to false"
+    if reason is not None:
+        raise ConfigError(f"data.aspect_ratio_buckets: {reason}, or leave the buckets out")
 
 
 def check_tracker(name: str | None) -> None:

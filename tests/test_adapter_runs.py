@@ -120,6 +120,20 @@ def test_gradient_checkpointing_is_refused_where_a_denoiser_cannot(tiny_pipeline
         check_gradient_checkpointing(video)
 
 
+def test_compiled_blocks_are_refused_where_a_denoiser_names_none(tiny_pipeline: Path) -> None:
+    import dataclasses
+
+    from diffalign.backbones.loading import check_repeated_blocks
+
+    source = inspect_model(str(tiny_pipeline))
+    check_repeated_blocks(source)
+    flow = dataclasses.replace(
+        source, family="StableDiffusion3Pipeline", parts={"transformer": "SD3Transformer2DModel"}
+    )
+    with pytest.raises(ValueError, match=r"model\.torch_compile: SD3Transformer2DModel of .* names no blocks"):
+        check_repeated_blocks(flow)
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
 def test_a_tokenizer_without_vocabulary_is_named_with_its_folder(
     tiny_pipeline: Path, tmp_path: Path, part: str

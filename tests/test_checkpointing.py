@@ -16,23 +16,24 @@ from torch.utils._pytree import tree_leaves
 
 from diffalign.backbones import LoRA, load_policy
 from diffalign.batches import PairBatch
-from diffalign.checkpointing import KEPT, Recompute, recompute_activations
+from diffalign.checkpointing import Recompute, is_kept, recompute_activations
 from diffalign.trainers import DiffusionDPO
 
 Batches = Callable[[int], PairBatch]
 
 
 class Watch(TorchDispatchMode):
-    """Counts the expensive operations, and the memory that what was computed so far still holds."""
+    """Counts what "selective" keeps, convolutions apart, and the memory that all that was computed still holds."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.expensive = 0
+        self.kept = self.convolved = 0
         self.made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.expensive += func in KEPT
+        self.kept += is_kept(func, args)
+        self.convolved += func is torch.ops.aten.convolution.default
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -52,8 +53,8 @@ def trained(request: pytest.FixtureRequest, tiny_pipeline: Path, policies: Any) 
     return policy
 
 
-def step(policy: Any, batch: PairBatch, how: Recompute) -> tuple[int, int, int, dict[str, Tensor]]:
-    """Bytes held for the backward pass, expensive operations of both passes, gradients."""
+def step(policy: Any, batch: PairBatch, how: Recompute) -> tuple[int, Watch, Watch, dict[str, Tensor]]:
+    """Bytes held for the backward pass, what was computed before it and in both passes, gradients."""
     policy = copy.deepcopy(policy)
     recompute_activations(policy.denoiser, how)
     # The reference's answers are known, so that only the policy's pass counts.
@@ -65,17 +66,30 @@ def step(policy: Any, batch: PairBatch, how: Recompute) -> tuple[int, int, int, 
         error, _ = trainer.errors(states, reference)
         loss = trainer.objective(trainer.margin(trainer.log_ratio(error, reference), states), states).mean()
         del error
-        held, forward = watch.bytes, watch.expensive
+        held, forward = watch.bytes, copy.copy(watch)
         loss.backward()
-    return held, forward, watch.expensive - forward, {name: p.grad for name, p in policy.named_trainable()}
+    return held, forward, watch, {name: p.grad for name, p in policy.named_trainable()}
 
 
 @pytest.mark.slow
-def test_memory_falls_no_number_changes_and_selective_repeats_nothing_expensive(trained: Any, batches: Batches) -> None:
+def test_memory_falls_no_number_changes_and_selective_repeats_no_convolution(trained: Any, batches: Batches) -> None:
     plain, selective, whole = (step(trained, batches(2), how) for how in (False, "selective", True))
     assert whole[0] < selective[0] < plain[0]
-    assert plain[1] == selective[1] == whole[1]
-    assert selective[2] == plain[2] < whole[2]
+    assert plain[1].convolved == selective[1].convolved == whole[1].convolved
+    assert selective[2].convolved == plain[2].convolved < whole[2].convolved
+    assert plain[2].kept < whole[2].kept
     for found in (selective, whole):
         assert found[3].keys() == plain[3].keys()
         assert all(torch.equal(found[3][name], gradient) for name, gradient in plain[3].items())
+
+
+@pytest.mark.parametrize(("inner", "outer", "kept"), [(64, 16, True), (16, 64, False), (16, 16, False)])
+def test_products_that_narrow_are_kept(inner: int, outer: int, kept: bool) -> None:
+    left, right, bias = torch.zeros(8, inner), torch.zeros(inner, outer), torch.zeros(outer)
+    assert is_kept(torch.ops.aten.mm.default, (left, right)) == kept
+    assert is_kept(torch.ops.aten.addmm.default, (bias, left, right)) == kept
+
+
+def test_what_is_cheap_is_computed_again() -> None:
+    assert is_kept(torch.ops.aten.convolution.default, ())
+    assert not is_kept(torch.ops.aten.native_group_norm.default, (torch.zeros(1),))

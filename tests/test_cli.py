@@ -53,6 +53,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+def test_mistakes_and_reports_wait_for_nothing_heavy() -> None:
+    """A key that does not exist is told before torch is there; reports and folders of pictures do not need it."""
+    code = (
+        "import importlib, sys\nfrom diffalign.cli import main\n"
+        "for command in ('train', 'pairs', 'evaluate', 'rollout'):\n"
+        "    try:\n        main([command, 'configs/demo.yaml', 'model.lora.rnk=3'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 2\n"
+        "for module in ('light_commands', 'eval.report', 'doctor', 'data.tables'):\n"
+        "    importlib.import_module(f'diffalign.{module}')\n"
+        f"print('heavy:', [m for m in {HEAVY[:5]} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stderr.count("error: unknown config key 'model.lora.rnk'; did you mean 'rank'?") == 4, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
 def test_version() -> None:
     assert CliRunner().invoke(cli, ["--version"]).output.strip().endswith(__version__)
 

@@ -33,6 +33,7 @@ CORE_REACHES = {
     "diffalign/benchmarking.py": {"eval"},
     "diffalign/commands.py": {"reward_models", "eval"},  # the commands' bodies put the parts together
     "diffalign/demo.py": {"eval"},
+    "diffalign/light_commands.py": {"reward_models", "eval"},
     "diffalign/reward_names.py": {"reward_models"},
     "diffalign/training.py": {"reward_models"},  # scorers of the validation pictures
     "diffalign/shapes/build.py": {"reward_models", "eval"},  # which appraises what it has built

@@ -289,7 +289,7 @@ def _run(
     return fit(trainer, batches, TrainingConfig(output_dir=str(folder), **settings))
 
 
-SPENT = ("train/seconds", "train/forwards")
+SPENT = ("train/seconds", "train/data_seconds", "train/forwards")
 
 
 class Killed(Exception):  # noqa: N818 - no error, an end

@@ -124,6 +124,8 @@ class Trainer:
     predictions: ClassVar[frozenset[Prediction]] = frozenset({Prediction.EPSILON, Prediction.V, Prediction.VELOCITY})
     learns_from: ClassVar[Data] = "pairs"
     """What `diffalign train` feeds it."""
+    any_size: ClassVar[bool] = True
+    """Whether batches of pictures of other sizes than the policy's are understood, for `data.aspect_ratio_buckets`."""
     trains_negative: ClassVar[bool] = False
     """Whether the result is a negative model, for the unconditional branch of guidance."""
 

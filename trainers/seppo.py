@@ -93,6 +93,7 @@ class SePPO(PairTrainer):
 
     Config: ClassVar[type[PairTrainerConfig]] = SePPOConfig
     learns_from: ClassVar[Data] = "winners"
+    any_size: ClassVar[bool] = False  # its samples have the policy's
     config: SePPOConfig
 
     def __init__(self, policy: Policy, config: SePPOConfig | None = None, **options: Any) -> None:

@@ -7,6 +7,7 @@ A family is a subclass that says which parts its pipeline has and what reaches i
     _configure()                            schedule, latent shape, sizes, token limit
     _embed(prompts)                         named tensors, through the pipeline's own `encode_prompt`
     _forward(module, ...)                   one call of the denoiser, in the project's latents, units and signs
+    _ready(embedded)                        their names in the pipeline's call; only where they differ from the usual
     _raw_moments(pixels), _pixels(latents)  the autoencoder; only where it differs from the usual
 
 What concerns autoencoder and text encoders is in `encoders.py`, adapters, reference and files in `trained_weights.py`.
@@ -27,14 +28,17 @@ import torch
 from torch import Tensor
 
 from diffalign.attention import set_attention
+from diffalign.backbones.deep_cache import DeepCache
 from diffalign.backbones.encoders import Encoders
 from diffalign.backbones.loading import LORA_FILE, UNUSED_PARTS, LoRA, ModelSource, load_tokenizers
 from diffalign.backbones.negative import NegativeBranch
 from diffalign.backbones.options import FamilyOptions
 from diffalign.backbones.precision import halve, to_own_dtype, under_autocast
+from diffalign.backbones.prompt_memory import PromptMemory
 from diffalign.backbones.reward_guidance import RewardGuidance
 from diffalign.backbones.trained_weights import ADAPTER
 from diffalign.batches import Conditioning
+from diffalign.devices import send
 from diffalign.policy import Predictor
 from diffalign.quantization import Quantization, check_quantization, quantization_config
 from diffalign.schedules import FlowSchedule
@@ -53,6 +57,10 @@ JOINT_ATTENTION = (
     "attn.to_add_out",
 )
 """`lora_targets` of transformers whose text has projections of its own in the image's attention (MMDiT)."""
+
+
+READY = {"hidden": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_attention_mask"}
+"""Our names of embeddings, and those that most pipelines' calls have for them."""
 
 
 class PipelinePolicy(Encoders, NegativeBranch):
@@ -80,6 +88,8 @@ class PipelinePolicy(Encoders, NegativeBranch):
     """Whether text encoders take the denoiser's dtype: for those of billions of parameters."""
     reward_guidance: RewardGuidance | None = None
     """What `sample` is guided by beside prompts, if anything; see `diffalign.backbones.reward_guidance`."""
+    deep_cache: DeepCache | None = None
+    """What of the denoiser `sample` computes in every step, if not all; see `diffalign.backbones.deep_cache`."""
     load_options: ClassVar[Mapping[str, Any]] = {}
     """Further arguments of the pipeline's `from_pretrained`."""
 
@@ -107,6 +117,7 @@ class PipelinePolicy(Encoders, NegativeBranch):
         self._freed = {}
         self._vae_switches = ()
         self._fingerprint = None
+        self._memory = PromptMemory()
         for module in (*(getattr(pipeline, part) for part in self._parts), self.denoiser):
             module.eval().requires_grad_(False)
         self._configure(size, num_frames)
@@ -271,7 +282,8 @@ class PipelinePolicy(Encoders, NegativeBranch):
     ) -> Tensor:
         device = noisy_latents.device
         self.forwards += len(noisy_latents)
-        return self._forward(module, noisy_latents.to(dtype), timesteps.to(device), conditioning.to(device, dtype))
+        timesteps, conditioning = send(timesteps, device), conditioning.to(device, dtype)
+        return self._forward(module, noisy_latents.to(dtype), timesteps, conditioning)
 
     def frozen(self) -> Predictor:
         """The reference, see the class; the policy itself if nothing is trained."""
@@ -292,11 +304,23 @@ class PipelinePolicy(Encoders, NegativeBranch):
             if module is not None:
                 module.to(memory_format=torch.channels_last)
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compiles policy and reference in place: names of weights stay, and both compute the same way."""
+    def compile(self, backend: str = "inductor", mode: str | None = None, *, blocks: bool = False) -> None:
+        """Compiles policy and reference in place: names of weights stay, and both compute the same way.
+
+        Args:
+            backend: Of `torch.compile`.
+            mode: Likewise; "reduce-overhead" records CUDA graphs.
+            blocks: Compile only the blocks that the network repeats, which takes less time before the first step.
+
+        Raises:
+            ValueError: If the network names no such blocks.
+        """
+        settings = {"backend": backend} | ({} if mode is None else {"mode": mode})
         for module in (self.denoiser, self._frozen):
             if module is not None:
-                module.compile(backend=backend)
+                for part in self._called(module).values():  # what pipelines call; of several, each by itself
+                    (part.compile_repeated_blocks if blocks else part.compile)(**settings)
+        self.compiled = backend
 
     def shard_reference(self) -> None:
         """Spreads the frozen copy over the processes as the denoiser is, if it is and there is a copy."""
@@ -311,6 +335,10 @@ class PipelinePolicy(Encoders, NegativeBranch):
         settings = {name: value for name, value in arguments.items() if name != "guidance_scale"}
         if self.reward_guidance is not None:
             settings["reward_guidance"] = self.reward_guidance.settings()
+        if self.deep_cache is not None:
+            settings["deep_cache"] = self.deep_cache.settings()
+        if self.compiled:
+            settings["torch_compile"] = self.compiled
         return settings
 
     @torch.no_grad()
@@ -346,14 +374,30 @@ class PipelinePolicy(Encoders, NegativeBranch):
         guide = nullcontext() if self.reward_guidance is None else self.reward_guidance.during(self, prompts)
         with self._drawing_weights(reference, rows), torch.autocast(self.device.type, enabled=False), guide:
             output = self.pipeline(
-                prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
                 num_inference_steps=num_inference_steps,
                 output_type="pt",
-                **arguments,
+                **{**arguments, **self._prompt_arguments(prompts, arguments)},
             )
         media = output.frames if self.is_video else output.images
         return media.float().cpu()  # type: ignore[no-any-return]
+
+    def _prompt_arguments(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Prompts as the pipeline's call takes them: embedded already, and with them what guidance contrasts them with.
+
+        Args:
+            prompts: B prompts.
+            arguments: The others of the call.
+        """
+        named = self._ready(self._recalled(prompts))
+        if self.guides != "never":
+            empty = self.unconditional(Conditioning(self._recalled([""]))).repeat(len(prompts))
+            named |= {f"negative_{name}": value for name, value in self._ready(empty.tensors).items()}
+        return named
+
+    def _ready(self, embedded: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What `_embed` gave, B rows, under the names that the pipeline's call has for it."""
+        return {READY[name]: tensor for name, tensor in embedded.items() if name in READY}
 
     @contextmanager
     def _drawing_weights(self, reference: bool, negative_rows: int | None = None) -> Iterator[None]:
@@ -365,13 +409,15 @@ class PipelinePolicy(Encoders, NegativeBranch):
         """
         module = self._frozen if reference and self._frozen is not None else self.denoiser
         self._place(module)
-        cast = module.register_forward_pre_hook(to_own_dtype, with_kwargs=True)
+        cast = module.register_forward_pre_hook(to_own_dtype(module), with_kwargs=True)
         vae, decode = self.pipeline.vae, self.pipeline.vae.decode
         vae.decode = lambda latents, *args, **kwargs: decode(latents.to(vae.dtype), *args, **kwargs)
         try:
             with ExitStack() as weights:
                 if reference:
                     weights.enter_context(self.adapter_off())
+                if self.deep_cache is not None:
+                    weights.enter_context(self.deep_cache.during(*self._called(module).values()))
                 if negative_rows is not None:
                     weights.enter_context(self._negative_branch(module, negative_rows))
                 yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffalign.backbones.loading import ModelSource, inner_tokenizer
+from diffalign.backbones.prompt_memory import PromptMemory
 from diffalign.batches import Conditioning, Moments
 from diffalign.policy import Policy
 
@@ -29,6 +30,7 @@ class Encoders(Policy):
     _freed: dict[str, tuple[Any, torch.dtype]]
     _vae_switches: tuple[str, ...]
     _fingerprint: str | None
+    _memory: PromptMemory
 
     @property
     @abstractmethod
@@ -62,14 +64,28 @@ class Encoders(Policy):
 
     # --- encoding ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of the prompts, floating-point tensors as float32; see the family's `_embed`."""
+        return _in_float32(self._embedded(list(prompts)))
+
+    def recall_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """`encode_prompts`, from memory where the same prompts were drawn before; not for prompts that come once."""
+        return _in_float32(self._recalled(prompts))
+
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """See `Policy.encode_unconditional`; the empty prompt is encoded once."""
+        return self.unconditional(self.recall_prompts([""])).repeat(count)
+
+    def _recalled(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """What `_embed` gives, in its own dtypes, from memory where it can be."""
+        return self._memory.recall(prompts, self._embedded)
+
+    @torch.no_grad()
+    def _embedded(self, prompts: list[str]) -> Mapping[str, Tensor]:
         for part in self._parts:
             if part.startswith("text_encoder"):
                 self._encoder(part)
-        tensors = self._embed(list(prompts))
-        return Conditioning({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
+        return self._embed(prompts)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt, special ones included, before any cut."""
@@ -133,6 +149,7 @@ class Encoders(Policy):
     def free_encoders(self) -> None:
         """Drops autoencoder and text encoders; `encode`, `decode` and `encode_prompts` then need `reload_encoders`."""
         self.encoder_fingerprint()
+        self._memory.clear()
         for part in self._parts:
             module = getattr(self.pipeline, part)
             if module is not None:
@@ -176,6 +193,10 @@ class Encoders(Policy):
             except (AttributeError, NotImplementedError) as error:
                 switch = name.replace("enable", "vae")
                 raise ValueError(f"model.{switch}: {type(vae).__name__} cannot do it; leave it out") from error
+
+
+def _in_float32(tensors: Mapping[str, Tensor]) -> Conditioning:
+    return Conditioning({n: t.float() if t.is_floating_point() else t for n, t in tensors.items()})
 
 
 def _on(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -50,6 +50,7 @@ class FluxPolicy(PipelinePolicy):
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
     half_precision_text = True
     lora_targets = JOINT_ATTENTION
+    any_size = True
     guides = "never"
     embedded_guidance: float
 

@@ -287,6 +287,21 @@ def check_gradient_checkpointing(source: ModelSource) -> None:
             raise ValueError(f"model.gradient_checkpointing: {name} of {source.name} cannot do it; leave it out")
 
 
+def check_repeated_blocks(source: ModelSource) -> None:
+    """Refuses denoisers that name no blocks to be compiled by themselves, which diffusers would say after loading them.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    import diffusers
+
+    kind = policy_class(source)
+    for part in (kind.part, *kind.more_parts):
+        name = source.parts.get(part)
+        if name is not None and not getattr(diffusers, name)._repeated_blocks:
+            raise ValueError(f"model.torch_compile: {name} of {source.name} names no blocks; set it to true")
+
+
 def policy_class(source: ModelSource) -> Any:
     """The class of a model's family, a subclass of `diffalign.backbones.base.PipelinePolicy`."""
     module, _, attribute = FAMILIES[source.family].partition(":")

@@ -204,7 +204,7 @@ class _Branches:
 
     def divide(self) -> None:
         """Puts itself in the place of the denoiser's forward pass."""
-        self._cast = self.negative.register_forward_pre_hook(to_own_dtype, with_kwargs=True)
+        self._cast = self.negative.register_forward_pre_hook(to_own_dtype(self.negative), with_kwargs=True)
         if self.guides == "twice":
             self.module.forward, self.module.cache_context = self._one_branch, self._named
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,20 +44,24 @@ def halve(module: Any, dtype: torch.dtype) -> None:
     under_autocast(module, dtype)
 
 
-def to_own_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Latents and embeddings of a pipeline come in its text encoder's dtype; a denoiser wants its own.
+def to_own_dtype(module: Any) -> Callable[..., tuple[Any, Any]]:
+    """A forward pre-hook for `module`, a denoiser: a pipeline's latents and embeddings in the module's dtype.
 
-    A forward pre-hook. Scalars and vectors stay as they are, as timesteps lose their last digits in half precision, and
-    so do `EXACT_INPUTS`.
+    They come in the text encoder's. Scalars and vectors stay as they are, as timesteps lose their last digits in half
+    precision, and so do `EXACT_INPUTS`.
     """
+    dtype = module.dtype  # once: diffusers looks through the parameters for it
 
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
-            return value.to(module.dtype)
+            return value.to(dtype)
         if isinstance(value, list | tuple):
             return type(value)(cast(item) for item in value)
         if isinstance(value, dict):
             return {key: item if key in EXACT_INPUTS else cast(item) for key, item in value.items()}
         return value
 
-    return cast(args), cast(kwargs)
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return cast(args), cast(kwargs)
+
+    return hook

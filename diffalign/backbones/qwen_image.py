@@ -160,3 +160,15 @@ class QwenImagePolicy(PipelinePolicy):
         if guidance_scale > 1:  # without a negative prompt the pipeline would not guide; one serves the whole batch
             arguments["negative_prompt"] = UNCONDITIONAL
         return arguments
+
+    def _prompt_arguments(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        named = super()._prompt_arguments(prompts, arguments) | {"negative_prompt": None}
+        guided = arguments["true_cfg_scale"] > 1  # else the pipeline complains of negative embeddings
+        return {name: value for name, value in named.items() if guided or not name.startswith("negative_")}
+
+    def _ready(self, embedded: Mapping[str, Tensor]) -> dict[str, Any]:
+        longest = int(embedded["mask"].sum(dim=1).max())  # as in `_forward`
+        return {
+            "prompt_embeds": embedded["hidden"][:, :longest],
+            "prompt_embeds_mask": embedded["mask"][:, :longest],
+        }

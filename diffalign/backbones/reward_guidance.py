@@ -119,7 +119,7 @@ class RewardGuidance:
             yield
             return
         scheduler = policy.pipeline.scheduler
-        step, conditioning = scheduler.step, policy.encode_prompts(prompts)
+        step, conditioning = scheduler.step, policy.recall_prompts(prompts)
 
         def guided_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             assert sample.shape == (len(prompts), *policy.latent_shape), "the pipeline's latents are not the policy's"

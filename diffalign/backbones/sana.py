@@ -8,7 +8,7 @@ no distribution: latents are one value, their deviation is zero.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,3 +105,6 @@ class SanaPolicy(PipelinePolicy):
             "max_sequence_length": self.max_tokens,
             "complex_human_instruction": list(self.instruction),
         }
+
+    def _prompt_arguments(self, prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return super()._prompt_arguments(prompts, arguments) | {"negative_prompt": None}  # its own default is a text

@@ -45,6 +45,7 @@ class StableDiffusionPolicy(UNetPolicy):
     """A `StableDiffusionPipeline` as a policy; the conditioning is {"hidden": [B, tokens, width]}."""
 
     load_options: Mapping[str, Any] = {"requires_safety_checker": False}  # type: ignore[misc]
+    any_size = True
 
     def _embed(self, prompts: list[str]) -> Mapping[str, Tensor]:
         hidden, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)

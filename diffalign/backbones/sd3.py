@@ -32,6 +32,7 @@ class StableDiffusion3Policy(PipelinePolicy):
     encoder_parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     half_precision_text = True
     lora_targets = JOINT_ATTENTION
+    any_size = True
     guidance_scale = 7.0
     num_inference_steps = 28
 

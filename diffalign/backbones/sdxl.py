@@ -4,7 +4,8 @@ Podell et al. 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution
 Beside the hidden states of its text encoders the network reads the second encoder's pooled output and a vector of
 "time ids" (section 2.2): original size, top left corner of the crop, target size; the refiner reads an aesthetic score
 in place of the target size. Here they say that nothing was resized or cropped, original = target = `size` and crop =
-(0, 0), for every training image and every drawn one; Diffusion-DPO (arXiv:2311.12908) trained with the same.
+(0, 0), for every training image and every drawn one; Diffusion-DPO (arXiv:2311.12908) trained with the same. Training
+images of another size (`data.aspect_ratio_buckets`) have their own in place of `size`.
 
 The published autoencoder overflows in half precision: it stays in float32 whatever the denoiser's dtype is.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from diffalign.backbones.loading import ModelSource
 from diffalign.backbones.sd import UNetPolicy
 from diffalign.batches import Conditioning
+from diffalign.devices import send
 
 __all__ = ["StableDiffusionXLPolicy", "StableDiffusionXLRefinerPolicy"]
 
@@ -43,6 +45,7 @@ class StableDiffusionXLPolicy(UNetPolicy):
     """
 
     encoder_parts = ("vae", "text_encoder", "text_encoder_2")
+    any_size = True
     load_options: Mapping[str, Any] = {"add_watermarker": False}  # type: ignore[misc]  # rewards would see the mark
     guidance_scale = 5.0
     num_inference_steps = 50
@@ -91,18 +94,32 @@ class StableDiffusionXLPolicy(UNetPolicy):
             noisy_latents,
             timesteps,
             tensors["hidden"],
-            added_cond_kwargs={"text_embeds": tensors["pooled"], "time_ids": self._time_ids(conditioning)},
+            added_cond_kwargs={
+                "text_embeds": tensors["pooled"],
+                "time_ids": self._time_ids(conditioning, self._size_of(noisy_latents)),
+            },
             return_dict=False,
         )[0]
         return output
 
-    def _time_ids(self, conditioning: Conditioning) -> Tensor:
-        """(height, width, top, left, height, width) in pixels, [B, 6], float32: half precision would round sizes."""
-        height, width = self.size
+    def _size_of(self, latents: Tensor) -> tuple[int, int]:
+        """Height and width in pixels of what latents [B, C, h, w] stand for."""
+        if tuple(latents.shape[1:]) == self.latent_shape:
+            return self.size  # whose sides need not be multiples of the factor
+        factor = int(self.pipeline.vae_scale_factor)
+        return latents.shape[-2] * factor, latents.shape[-1] * factor
+
+    def _time_ids(self, conditioning: Conditioning, size: tuple[int, int] | None = None) -> Tensor:
+        """(height, width, top, left, height, width) in pixels, [B, 6], float32: half precision would round sizes.
+
+        Args:
+            conditioning: B rows.
+            size: Height and width; None takes `self.size`.
+        """
+        height, width = size or self.size
         pooled = conditioning.tensors["pooled"]
-        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=pooled.device).expand(
-            len(pooled), -1
-        )
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+        return send(ids, pooled.device).expand(len(pooled), -1)
 
     def _latent_statistics(self) -> tuple[float | Tensor, float | Tensor]:
         """The scaling factor, and the statistics per channel where the autoencoder's configuration has them."""
@@ -153,9 +170,9 @@ class StableDiffusionXLRefinerPolicy(StableDiffusionXLPolicy):
         scored = bool(self.pipeline.config.requires_aesthetics_score)
         return {**super()._encoding_settings(), "requires_aesthetics_score": scored}
 
-    def _time_ids(self, conditioning: Conditioning) -> Tensor:
+    def _time_ids(self, conditioning: Conditioning, size: tuple[int, int] | None = None) -> Tensor:
         """(height, width, top, left, aesthetic score), [B, 5], float32; the base's six for models without a score."""
-        ids, score = super()._time_ids(conditioning), conditioning.tensors.get("aesthetic_score")
+        ids, score = super()._time_ids(conditioning, size), conditioning.tensors.get("aesthetic_score")
         return ids if score is None else torch.cat([ids[:, :4], score.float()], dim=1)
 
     def sample(

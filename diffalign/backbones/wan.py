@@ -17,7 +17,7 @@ Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (arX
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +251,10 @@ class Experts(nn.Module):
         for expert in self.parts().values():
             expert.add_adapter(settings, adapter_name=adapter_name)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes both experts' activations in the backward pass."""
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Recomputes both experts' activations in the backward pass, with the function that diffusers calls it by."""
         for expert in self.parts().values():
-            expert.enable_gradient_checkpointing()
+            expert.enable_gradient_checkpointing(gradient_checkpointing_func)
 
     def set_attention_backend(self, backend: str) -> None:
         """The attention implementation of both, by diffusers' names."""

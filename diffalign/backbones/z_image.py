@@ -93,5 +93,10 @@ class ZImagePolicy(PipelinePolicy):
         )[0]
         return -torch.stack(clips).squeeze(2)
 
+    def _ready(self, embedded: Mapping[str, Tensor]) -> dict[str, Any]:
+        lengths = embedded["mask"].sum(dim=1).tolist()
+        rows = [row[:length] for row, length in zip(embedded["hidden"], lengths, strict=True)]
+        return {"prompt_embeds": rows}
+
     def _sampling_arguments(self, guidance_scale: float) -> dict[str, Any]:
         return super()._sampling_arguments(guidance_scale) | {"max_sequence_length": self.max_sequence_length}

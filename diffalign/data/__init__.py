@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffalign.data.caches import check_finished, find_encoded
     from diffalign.data.config import DataConfig
     from diffalign.data.encoded import EncodedPairs
     from diffalign.data.encoding import encode_pairs
@@ -29,14 +30,17 @@ __all__ = [
     "PairSet",
     "PairSource",
     "ReadReport",
+    "check_finished",
     "check_media",
     "check_source",
     "encode_pairs",
+    "find_encoded",
     "load_pairs",
 ]
 
 _HOMES = {
     "media": ("check_media",),
+    "caches": ("check_finished", "find_encoded"),
     "config": ("DataConfig",),
     "encoded": ("EncodedPairs",),
     "encoding": ("encode_pairs",),

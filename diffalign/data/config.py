@@ -38,6 +38,10 @@ class DataConfig(BaseModel):
         drop_identical: Drop rows whose `are_different` is false: the same picture twice.
         max_train_samples: Keep only the first so many pairs.
         resolution: Side of the training images in pixels, or [height, width]; None takes the model's own.
+        aspect_ratio_buckets: Keep the proportions of images: each pair goes to the size nearest in aspect ratio to its
+            chosen image, among those whose area is that of `resolution`, and batches are of one size. Both halves get
+            that size, cropped in the centre.
+        bucket_step: Sides of those sizes are multiples of so many pixels.
         fps: Frames per second that clips are read at, as many as `model.num_frames`; None takes the model's own.
         center_crop: Crop the centre. If false, for clips only, both clips of a pair are cropped at one place, drawn for
             the pair once and for all; for images, whose random crops change at every visit, this is refused.
@@ -49,6 +53,10 @@ class DataConfig(BaseModel):
         encode_batch_size: Images or clips per call of the autoencoder while the cache is made; None takes 8 images or
             1 clip.
         max_corrupt_fraction: More unreadable pairs than this fraction stop the run.
+        check_source: Read the data at every start, to see that the encoded ones are still theirs: labels and ids, and
+            of a folder with an index all images. False takes the cache that a run with these settings has finished,
+            whatever has become of the data since, which need not be there any more; the start then takes the same time
+            for any number of pairs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +81,8 @@ class DataConfig(BaseModel):
     drop_identical: bool = False
     max_train_samples: int | None = Field(default=None, ge=1)
     resolution: Side | tuple[Side, Side] | None = None
+    aspect_ratio_buckets: bool = False
+    bucket_step: int = Field(default=64, ge=16, multiple_of=16)
     fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
     center_crop: bool = True
     random_flip: bool = False
@@ -82,6 +92,7 @@ class DataConfig(BaseModel):
     cache_dtype: Literal["float32", "bfloat16"] = "float32"
     encode_batch_size: int | None = Field(default=None, ge=1)
     max_corrupt_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
+    check_source: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

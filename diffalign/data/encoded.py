@@ -3,105 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffalign.batches import Conditioning, Moments
+from diffalign.data.index import (
+    MANIFEST,
+    CacheIndex,
+    Column,
+    bucket_suffix,
+    damaged,
+    open_index,
+    same_prompt,
+    shard_path,
+    text_path,
+)
 from diffalign.data.pairs import ReadReport
 
-MANIFEST = "manifest.json"
 TEXT = "text."
 """Before the name of a conditioning tensor in a file."""
+OPEN_FILES = 128
+"""Of each kind: a large cache has more files than a process may map, and headers that stay in memory."""
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """The file of one shard of pairs."""
-    return folder / f"shard-{number:06d}.safetensors"
-
-
-def text_path(folder: Path, number: int) -> Path:
-    """The file of one part of the prompts."""
-    return folder / f"text-{number:06d}.safetensors"
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """What a file of the cache says about itself, None if there is no such file or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads(file.metadata()["shard"])
-            return header
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-
-
-@dataclass(frozen=True)
 class _Store:
-    """The files of a cache and where each pair and prompt lies in them; opened once, shared by all views."""
+    """The files of a finished cache, opened when they are needed; shared by all views."""
 
-    folder: Path
-    manifest: Mapping[str, Any]
-    files: tuple[Any, ...]
-    ids: tuple[str, ...]
-    weights: Tensor
-    rewards: Tensor
-    places: tuple[tuple[int, int], ...]
-    prompt_of: tuple[int, ...]
-    prompts: tuple[str, ...]
-    text_places: tuple[tuple[int, int], ...]
-    text_names: tuple[str, ...]
+    def __init__(self, folder: Path, manifest: dict[str, Any], index: CacheIndex) -> None:
+        self.folder, self.manifest, self.index = folder, manifest, index
+        self._shard = lru_cache(OPEN_FILES)(lambda number: _opened(shard_path(folder, number)))
+        self._text = lru_cache(OPEN_FILES)(lambda number: _opened(text_path(folder, number)))
 
-    @staticmethod
-    def open(folder: Path) -> _Store:
-        if not (folder / MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no finished cache ({MANIFEST} is missing); run the encoding again")
-        manifest = json.loads((folder / MANIFEST).read_text())
-        ids, places, prompts, text_places = [], [], [], []
-        weights: list[float] = []
-        rewards: list[list[float]] = []
-        prompt_of_pair: list[str] = []
-        files: list[Any] = []
-        shards = [shard_path(folder, number) for number in range(manifest["shards"])]
-        texts = [text_path(folder, number) for number in range(manifest["text_shards"])]
-        for number, path in enumerate([*shards, *texts]):
-            header = read_header(path)
-            if header is None or header["fingerprint"] != manifest["fingerprint"]:
-                raise ValueError(f"{path} is missing or damaged; remove {folder / MANIFEST} to have it encoded again")
-            files.append(safe_open(path, framework="pt"))
-            if number < len(shards):
-                ids += header["ids"]
-                weights += header["weights"]
-                rewards += header.get("rewards", [[]] * len(header["ids"]))
-                prompt_of_pair += header["prompts"]
-                places += [(number, row) for row in range(len(header["ids"]))]
-            else:
-                prompts += header["prompts"]
-                text_places += [(number, row) for row in range(len(header["prompts"]))]
-        number_of = {prompt: number for number, prompt in enumerate(prompts)}
-        return _Store(
-            folder,
-            manifest,
-            tuple(files),
-            tuple(ids),
-            torch.tensor(weights),
-            torch.tensor(rewards, dtype=torch.float64),
-            tuple(places),
-            tuple(number_of[prompt] for prompt in prompt_of_pair),
-            tuple(prompts),
-            tuple(text_places),
-            tuple(sorted(files[-1].keys())),
-        )
+    def latents(self, name: str, rows: Column) -> Tensor:
+        """A tensor of B pairs of one bucket, [B, views, C, ...], float32; only these rows are read."""
+        name += bucket_suffix(self.index.bucket(rows))
+        return _rows(name, ((self._shard(shard), row) for shard, row in self.index.places(rows)))
 
-    def gather(self, name: str, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Rows of a tensor, [len(places), ...]; only these rows are read. Floating point comes as float32."""
-        rows = torch.cat([self.files[file].get_slice(name)[row : row + 1] for file, row in places])
-        return rows.float() if rows.is_floating_point() else rows
+    def text(self, name: str, prompts: Sequence[int]) -> Tensor:
+        """A tensor of B prompts, [B, ...]; floating point comes as float32."""
+        size = self.manifest["shard_size"]
+        return _rows(name, ((self._text(prompt // size), prompt % size) for prompt in prompts))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise damaged(path) from error
+
+
+def _rows(name: str, places: Iterable[tuple[Any, int]]) -> Tensor:
+    rows = torch.cat([file.get_slice(name)[row : row + 1] for file, row in places])
+    return rows.float() if rows.is_floating_point() else rows
 
 
 class EncodedPairs:
@@ -118,9 +81,9 @@ class EncodedPairs:
         folder: Where the cache is.
     """
 
-    def __init__(self, store: _Store, rows: Sequence[int]) -> None:
+    def __init__(self, store: _Store, rows: range | Column) -> None:
         self._store = store
-        self._rows = tuple(rows)
+        self._rows = rows
         self.fingerprint: str = store.manifest["fingerprint"]
         self.flipped: bool = store.manifest["views"] == 2
         self.sampled: bool = store.manifest["cache"] == "sample"
@@ -129,14 +92,24 @@ class EncodedPairs:
         self.report = ReadReport.from_json(store.manifest["report"])
 
     @staticmethod
-    def open(folder: Path) -> EncodedPairs:
-        """The finished cache in a folder.
+    def open(folder: Path, *, check_files: bool = True) -> EncodedPairs:
+        """The finished cache in a folder, whose files are opened when a batch needs them.
+
+        Args:
+            folder: One cache.
+            check_files: Look at the size of every file first. Without that, opening takes the same time for any number
+                of pairs, and a damaged file is found when it is read.
 
         Raises:
             ValueError: If it is not finished, or a file is missing or damaged.
         """
-        store = _Store.open(folder)
-        return EncodedPairs(store, range(len(store.ids)))
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} holds no finished cache ({MANIFEST} is missing); run the encoding again")
+        manifest = json.loads((folder / MANIFEST).read_text())
+        index = open_index(folder, manifest)
+        if check_files:
+            index.check_files(folder)
+        return EncodedPairs(_Store(folder, manifest, index), range(len(index.ids)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -144,24 +117,42 @@ class EncodedPairs:
     @property
     def ids(self) -> list[str]:
         """Name of every pair."""
-        return [self._store.ids[row] for row in self._rows]
+        return [self._store.index.ids[row] for row in self._all().tolist()]
+
+    def ids_digest(self) -> str:
+        """A hash of the pairs' names in their order, equal for equal lists of names."""
+        rows, digest = self._all(), hashlib.blake2b(digest_size=16)
+        bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for start, stop in itertools.pairwise(bounds):  # of consecutive pairs, whose names are in one piece
+            if start < stop:
+                names = self._store.index.ids.span(int(rows[start]), int(rows[stop - 1]) + 1)
+                digest.update(names.data if stop < len(rows) else names[:-1].data)
+        return digest.hexdigest()
+
+    @property
+    def buckets(self) -> Column | None:
+        """Number of every pair's bucket, [len(self)], int32; None without `aspect_ratio_buckets`."""
+        every = self._store.index.bucket_of
+        return None if every is None else every[self._all()]
 
     @property
     def prompts(self) -> list[str]:
         """Prompt of every pair."""
-        return [self._store.prompts[self._store.prompt_of[row]] for row in self._rows]
+        numbers = self._store.index.prompt_of[self._all()].tolist()
+        texts = {number: self._store.index.prompts[number] for number in set(numbers)}
+        return [texts[number] for number in numbers]
 
     def pair_id(self, row: int) -> str:
         """Name of one pair."""
-        return self._store.ids[self._rows[row]]
+        return self._store.index.ids[int(self._rows[row])]
 
     def weights(self, rows: Sequence[int]) -> Tensor:
         """Weights of B pairs in the loss, [B], float32."""
-        return self._store.weights[[self._rows[row] for row in rows]]
+        return torch.from_numpy(self._store.index.weights[self._at(rows)])
 
     def rewards(self, rows: Sequence[int]) -> Tensor:
         """What `data.reward_columns` say of B pairs, [B, D], float64; D is 0 if nothing was said."""
-        return self._store.rewards[[self._rows[row] for row in rows]]
+        return torch.from_numpy(self._store.index.rewards[self._at(rows)])
 
     def moments(self, rows: Sequence[int], mirrored: Sequence[bool] | None = None) -> tuple[Moments, Moments]:
         """Moments of the scaled latents of B pairs, chosen and rejected, each [B, C, ...], float32; see `winners_only`.
@@ -171,26 +162,27 @@ class EncodedPairs:
             mirrored: Which of them to take mirrored; needs a cache with both (`random_flip: true`).
 
         Raises:
-            ValueError: If a mirrored pair is asked for and not there.
+            ValueError: If a mirrored pair is asked for and not there, pairs are of several buckets, or a file is
+                missing or damaged.
         """
         if mirrored is not None and any(mirrored) and not self.flipped:
             raise ValueError("the cache holds no mirrored images; encode with random_flip: true")
-        places = [self._store.places[self._rows[row]] for row in rows]
-        view = torch.tensor([int(m) for m in mirrored] if mirrored is not None else [0] * len(places))
-        each = torch.arange(len(places))
+        own = self._at(rows)
+        view = torch.tensor([int(m) for m in mirrored] if mirrored is not None else [0] * len(own))
+        each = torch.arange(len(own))
 
         def read(side: str) -> Moments:
-            mean = self._store.gather(f"{side}.mean", places)[each, view]
+            mean = self._store.latents(f"{side}.mean", own)[each, view]
             if self.sampled:
                 return Moments(mean, torch.zeros_like(mean))
-            return Moments(mean, self._store.gather(f"{side}.std", places)[each, view])
+            return Moments(mean, self._store.latents(f"{side}.std", own)[each, view])
 
         chosen = read("chosen")
         return chosen, chosen if self.winners_only else read("rejected")
 
     def conditioning(self, rows: Sequence[int], dropped: Sequence[bool] | None = None) -> Conditioning:
         """Embeddings of the prompts of B pairs, B rows; where `dropped`, those of the empty prompt."""
-        prompts = [self._store.prompt_of[self._rows[row]] for row in rows]
+        prompts = self._store.index.prompt_of[self._at(rows)].tolist()
         if dropped is not None:
             prompts = [0 if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
         return self._text(prompts)
@@ -200,8 +192,19 @@ class EncodedPairs:
         return self._text([0])
 
     def _text(self, prompts: Sequence[int]) -> Conditioning:
-        places = [self._store.text_places[prompt] for prompt in prompts]
-        return Conditioning({n.removeprefix(TEXT): self._store.gather(n, places) for n in self._store.text_names})
+        names = self._store.index.text_names
+        return Conditioning({name.removeprefix(TEXT): self._store.text(name, prompts) for name in names})
+
+    def _all(self) -> Column:
+        """This view's rows as rows of the cache, int64."""
+        return np.arange(len(self._rows)) if isinstance(self._rows, range) else self._rows
+
+    def _at(self, rows: Sequence[int]) -> Column:
+        """Some of them."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        if wanted.size and not -len(self) <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"there are {len(self)} pairs, got row {wanted.min()} to {wanted.max()}")
+        return wanted % max(len(self), 1) if isinstance(self._rows, range) else self._rows[wanted]
 
     def split(self, holdout_count: int, seed: int) -> tuple[EncodedPairs, EncodedPairs]:
         """A training and a validation view that share no prompt.
@@ -214,20 +217,24 @@ class EncodedPairs:
         """
         if holdout_count < 0:
             raise ValueError(f"holdout_count must be >= 0, got {holdout_count}")
-        groups: dict[str, list[int]] = {}
-        for row in self._rows:
-            prompt = self._store.prompts[self._store.prompt_of[row]]
-            groups.setdefault(" ".join(prompt.split()).casefold(), []).append(row)
-        held: set[int] = set()
-        for key in sorted(groups, key=lambda p: hashlib.blake2b(f"{seed}\x1f{p}".encode()).digest()):
-            if len(held) >= holdout_count:
+        index, rows = self._store.index, self._all()
+        groups = index.group_of[index.prompt_of[rows]]
+        counts = np.bincount(groups, minlength=len(index.prompts))
+        names = np.flatnonzero(counts).tolist()
+
+        def place(group: int) -> bytes:
+            return hashlib.blake2b(f"{seed}\x1f{same_prompt(index.prompts[group])}".encode()).digest()
+
+        held, chosen = 0, []
+        for group in heapq.nsmallest(holdout_count, names, key=place):  # each of them has a pair or more
+            if held >= holdout_count:
                 break
-            held.update(groups[key])
-        if len(held) == len(self._rows):
+            chosen.append(group)
+            held += int(counts[group])
+        if held == len(rows):
             raise ValueError(
-                f"holding out {holdout_count} of {len(self)} pairs ({len(groups)} prompts) leaves none to train on; "
+                f"holding out {holdout_count} of {len(self)} pairs ({len(names)} prompts) leaves none to train on; "
                 "hold out fewer or add pairs"
             )
-        train = [row for row in self._rows if row not in held]
-        validation = [row for row in self._rows if row in held]
-        return EncodedPairs(self._store, train), EncodedPairs(self._store, validation)
+        apart = np.isin(groups, chosen)
+        return EncodedPairs(self._store, rows[~apart]), EncodedPairs(self._store, rows[apart])

@@ -1,16 +1,15 @@
 """Encodes preference pairs once: latents and text embeddings in an on-disk cache that survives being killed.
 
-The cache is a folder named by a hash of model, preprocessing and data. First the latents: shards of `SHARD_SIZE`
-consecutive pairs, each written to a temporary file and renamed, none of which needs another, so that several processes
-can deal them among themselves. Then the text: each prompt once, in files of as many prompts. Shards and the batches in
-them are fixed by the order of the data alone, so a cache that was interrupted anywhere, or made by any number of
-processes, equals one that was not, bit for bit.
+The cache is a folder named by a hash of model, preprocessing and data. First the latents: shards of consecutive pairs,
+each written to a temporary file and renamed, none of which needs another, so that several processes can deal them among
+themselves. Then the text: each prompt once, in files of as many prompts. Then the index, which says what lies where.
+Shards and the batches in them are fixed by the order of the data alone, so a cache that was interrupted anywhere, or
+made by any number of processes, equals one that was not, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -29,22 +28,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.batches import Conditioning, Moments
+from diffalign.data.caches import Encodes, cache_key, fingerprint, note_cache
 from diffalign.data.config import DataConfig
 from diffalign.data.disk import locked, write_whole
-from diffalign.data.encoded import MANIFEST, TEXT, EncodedPairs, read_header, shard_path, text_path
+from diffalign.data.encoded import TEXT, EncodedPairs
 from diffalign.data.images import to_unit_range
+from diffalign.data.index import MANIFEST, bucket_suffix, open_index, read_header, shard_path, text_path, write_index
 from diffalign.data.loading import no_usable_pair
-from diffalign.data.media import MediaSize, Preparation, check_media
+from diffalign.data.media import Preparation, check_media
 from diffalign.data.pairs import Pair, PairSet, ReadReport, State, refuse_duplicates
+from diffalign.helper_threads import helper_threads
 from diffalign.processes import ALONE, Processes, own_files
 from diffalign.randomness import Draw
 
 _log = logging.getLogger("diffalign")
 
-CACHE_VERSION = 2
-SHARD_SIZE = 256
-CLIP_SHARD_SIZE = 16
-"""For clips, whose latents are megabytes each and minutes of work."""
 REPORT = "report.json"
 _BOOKMARK = "bookmark.json"
 _EARLY_VERDICT = 1000
@@ -55,7 +53,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Encoder(MediaSize, Protocol):
+class Encoder(Encodes, Protocol):
     """The part of a `Policy` that turns images or clips and prompts into tensors."""
 
     @property
@@ -73,10 +71,6 @@ class Encoder(MediaSize, Protocol):
 
     def token_counts(self, prompts: Sequence[str], /) -> list[int]:
         """See `Policy.token_counts`."""
-        ...
-
-    def encoder_fingerprint(self) -> str:
-        """See `Policy.encoder_fingerprint`."""
         ...
 
 
@@ -108,26 +102,19 @@ def encode_pairs(
             where the model takes clips or the other way round, or the autoencoder gives values that are not finite.
         OSError: If the cache cannot be written; finished shards stay and are used by the next call.
     """
-    if shard_size is None:
-        shard_size = CLIP_SHARD_SIZE if policy.is_video else SHARD_SIZE
     preparation = Preparation(config, policy, winners_only=pairs.winners_only)
-    key = {
-        "version": CACHE_VERSION,
-        "encoder": policy.encoder_fingerprint(),
-        "data": pairs.fingerprint,
-        **preparation.key(),
-        "cache": config.cache,
-        "cache_dtype": config.cache_dtype,
-        "shard_size": shard_size,
-    }
-    fingerprint = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = root / fingerprint
+    how = cache_key(policy, config, preparation, shard_size)
+    key = {**how, "data": pairs.fingerprint}
+    name = fingerprint(key)
+    folder = root / name
     with contextlib.ExitStack() as held:
         if processes.is_first:
             held.enter_context(locked(folder))
-        if not processes.on_first((folder / MANIFEST).is_file):
+        if not processes.on_first(lambda: _is_finished(folder)):
             check_media(pairs, policy)
-            _Encoding(pairs, policy, config, preparation, folder, fingerprint, shard_size, processes).run(key)
+            _Encoding(pairs, policy, config, preparation, folder, name, how["shard_size"], processes).run(key)
+        if processes.is_first:
+            note_cache(folder, how, config)
     if processes.is_first:
         _warn_of_long_prompts(json.loads((folder / MANIFEST).read_text()), policy.max_tokens)
     return EncodedPairs.open(folder)
@@ -189,7 +176,7 @@ class _Encoding:
         number = bookmark["shards"]
         turns = itertools.cycle(range(self.processes.count))
         states: dict[int, State] = {}
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode") as pool, self._progress(finished) as bar:
+        with helper_threads(min(8, os.cpu_count() or 1), "decode") as pool, self._progress(finished) as bar:
             while True:
                 mine = number not in finished and next(turns) == self.processes.rank
                 chunk = list(islice(reader, self.shard_size)) if mine else []
@@ -226,18 +213,25 @@ class _Encoding:
 
     def _encode_shard(self, number: int, chunk: list[Pair], pool: ThreadPoolExecutor, bar: tqdm[Any]) -> None:
         kept: list[Pair] = []
+        buckets: list[int] = []
         corrupt: list[dict[str, str]] = []
 
-        def images() -> Iterator[Tensor]:
+        def images() -> Iterator[tuple[int, Tensor]]:
             for decoded in _ahead(pool, self.preparation.decode, chunk, 2 * self.preparation.batch_size):
                 bar.update()
                 if decoded.reason:
                     corrupt.append({"id": decoded.pair.pair_id, "reason": decoded.reason})
                 else:
                     kept.append(decoded.pair)
-                    yield from decoded.images
+                    buckets.append(decoded.bucket)
+                    yield from ((decoded.bucket, image) for image in decoded.images)
 
-        tensors = self._latents(images(), kept)
+        encoded = self._encode_images(images())
+        tensors: dict[str, Tensor] = {}
+        for bucket, moments in sorted(encoded.items()):
+            members = [pair for pair, own in zip(kept, buckets, strict=True) if own == bucket]
+            suffix = bucket_suffix(bucket if self.preparation.buckets else None)
+            tensors |= {f"{name}{suffix}": tensor for name, tensor in self._latents(moments, members).items()}
         header = {
             "fingerprint": self.fingerprint,
             "number": number,
@@ -245,6 +239,7 @@ class _Encoding:
             "weights": [pair.weight for pair in kept],
             **({"rewards": [pair.rewards for pair in kept]} if any(pair.rewards for pair in kept) else {}),
             "prompts": [pair.prompt for pair in kept],
+            **({"buckets": buckets} if self.preparation.buckets else {}),
             "corrupt": corrupt,
             "seen": len(chunk),
         }
@@ -254,19 +249,22 @@ class _Encoding:
     def _write(self, path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         write_whole(path, safetensors.torch.save(tensors, metadata={"shard": json.dumps(header)}))
 
-    def _latents(self, images: Iterator[Tensor], kept: list[Pair]) -> dict[str, Tensor]:
-        """Tensors [pairs, views, C, ...] of a shard, by name; `kept` grows while `images` is read."""
-        means, stds = [], []
-        views, members = 2 if self.config.random_flip else 1, self.preparation.members
-        for batch in _groups(images, self.preparation.batch_size):
+    def _encode_images(self, images: Iterator[tuple[int, Tensor]]) -> dict[int, Moments]:
+        """Moments of all images of a shard, by bucket, in the order in which they came."""
+        means: dict[int, list[Tensor]] = {}
+        stds: dict[int, list[Tensor]] = {}
+        for bucket, batch in _alike(images, self.preparation.batch_size):
             with torch.no_grad():
                 moments = self.policy.encode(to_unit_range(torch.stack(batch)))
-            means.append(moments.mean.float().cpu())
-            stds.append(moments.std.float().cpu())
-        if not kept:
-            return {}
-        shape = (len(kept), len(members), views, *means[0].shape[1:])
-        mean, std = torch.cat(means).reshape(shape), torch.cat(stds).reshape(shape)
+            means.setdefault(bucket, []).append(moments.mean.float().cpu())
+            stds.setdefault(bucket, []).append(moments.std.float().cpu())
+        return {bucket: Moments(torch.cat(means[bucket]), torch.cat(stds[bucket])) for bucket in means}
+
+    def _latents(self, moments: Moments, kept: list[Pair]) -> dict[str, Tensor]:
+        """Tensors [pairs, views, C, ...] of the pairs of one bucket in a shard, by name."""
+        views, members = 2 if self.config.random_flip else 1, self.preparation.members
+        shape = (len(kept), len(members), views, *moments.mean.shape[1:])
+        mean, std = moments.mean.reshape(shape), moments.std.reshape(shape)
         for pair, *values in zip(kept, mean, std, strict=True):
             if not all(bool(v.isfinite().all()) for v in values):
                 raise ValueError(
@@ -388,8 +386,17 @@ class _Encoding:
         }
         for path in own_files(self.folder / REPORT):
             path.unlink()
+        write_index(self.folder, manifest)
         (self.folder / _BOOKMARK).unlink(missing_ok=True)
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a cache is; one that was made before there were indices gets its own, under the lock that is held."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    open_index(folder, json.loads((folder / MANIFEST).read_text()), own_lock=False)
+    return True
 
 
 def _ahead(
@@ -410,6 +417,16 @@ def _groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def _alike(items: Iterable[tuple[int, Item]], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """The items of each kind in lists of `size`, as soon as they are full; what is left over comes last."""
+    waiting: dict[int, list[Item]] = {}
+    for kind, item in items:
+        waiting.setdefault(kind, []).append(item)
+        if len(waiting[kind]) == size:
+            yield kind, waiting.pop(kind)
+    yield from sorted(waiting.items(), key=lambda left: left[0])
 
 
 def _warn_of_long_prompts(manifest: dict[str, Any], max_tokens: int) -> None:

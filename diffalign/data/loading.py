@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -19,6 +21,7 @@ from diffalign.data.pairs import (
     PositionReader,
     ReadReport,
     State,
+    Verdict,
     content_fingerprint,
     refuse_duplicates,
 )
@@ -88,21 +91,22 @@ class IndexedPairs(PairSet):
         self._format = layout
         self.name = table.name
         self.winners_only = winners_only
-        report = ReadReport()
-        numbers: list[int] = []
+        verdicts: Counter[Verdict] = Counter()
+        numbers = array("q")
         pair_ids: list[str] = []
         for number, row in enumerate(table.scan(layout.small)):
             verdict = layout.verdict(row, number)
-            report = report.count(verdict)
+            verdicts[verdict] += 1
             if verdict == "keep":
                 numbers.append(number)
-                pair_ids.append(layout.pair_id(row, number))
+                if layout.id_column is not None:  # row numbers are unique
+                    pair_ids.append(layout.pair_id(row, number))
                 if len(numbers) == config.max_train_samples:
                     break
+        report = ReadReport.of(verdicts)
         if not numbers:
             raise no_usable_pair(table.name, report)
-        if layout.id_column is not None:
-            refuse_duplicates(pair_ids, table.name)
+        refuse_duplicates(pair_ids, table.name)
         self._numbers = numbers
         self._report = report
         self.size = len(numbers)
@@ -158,21 +162,25 @@ class _StreamReader(Iterator[Pair]):
         self._format = layout
         self._limit = limit
         self._dataset = table.select(table.columns).dataset  # its own, because it remembers where it stands
-        self.report = ReadReport()
+        self._verdicts: Counter[Verdict] = Counter()
         if state is not None:
-            self.report = ReadReport.from_json(state["report"])
+            self._verdicts.update(ReadReport.from_json(state["report"]).verdicts())
             self._dataset.load_state_dict(state["stream"])
         self._rows = iter(self._dataset)
 
     def __next__(self) -> Pair:
-        while self._limit is None or self.report.kept < self._limit:
+        while self._limit is None or self._verdicts["keep"] < self._limit:
             row = next(self._rows)
-            number = self.report.rows
+            number = self._verdicts.total()
             verdict = self._format.verdict(row, number)
-            self.report = self.report.count(verdict)
+            self._verdicts[verdict] += 1
             if verdict == "keep":
                 return self._format.pair(row, number)
         raise StopIteration
+
+    @property
+    def report(self) -> ReadReport:
+        return ReadReport.of(self._verdicts)
 
     def skip(self, count: int) -> int:
         return sum(1 for _ in islice(self, count))  # which rows are pairs, and how many, only reading them tells
@@ -229,12 +237,13 @@ def _look_at_first_rows(table: DatasetTable | StreamTable | RowTable, layout: Pa
         rows = iter(table.select(layout.columns).dataset)
     else:
         rows = (table[number] for number in range(len(table)))
-    report = ReadReport()
+    verdicts: Counter[Verdict] = Counter()
     for number, row in enumerate(islice(rows, _PEEK)):
         verdict = layout.verdict({**dict.fromkeys(layout.small), **row}, number)
-        report = report.count(verdict)
+        verdicts[verdict] += 1
         if verdict == "keep":
             layout.pair(row, number)
+    report = ReadReport.of(verdicts)
     if report.rows < _PEEK and not report.kept:
         raise no_usable_pair(table.name, report)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffalign.data.buckets import bucket_sizes, nearest_bucket
 from diffalign.data.config import DataConfig
 from diffalign.data.images import (
     CENTRE,
@@ -63,11 +64,18 @@ class Decoded:
     """A pair's images, uint8 [3, H, W], or clips [T, 3, H, W]; or why there are none.
 
     Chosen then rejected, each plain and, if wanted, mirrored; of winners the chosen one alone.
+
+    Attributes:
+        pair: The pair.
+        images: The pixels.
+        reason: Why there are none.
+        bucket: Which of `Preparation.buckets` they have, if there are any.
     """
 
     pair: Pair
     images: tuple[Tensor, ...] = ()
     reason: str = ""
+    bucket: int = 0
 
 
 class Preparation:
@@ -81,9 +89,10 @@ class Preparation:
     Attributes:
         batch_size: Images or clips per call of the autoencoder.
         members: The halves that there are.
+        buckets: Heights and widths of `aspect_ratio_buckets`; empty where everything has one size.
 
     Raises:
-        ValueError: If random crops of images are wanted.
+        ValueError: If random crops of images are wanted, or buckets that there cannot be.
     """
 
     def __init__(self, config: DataConfig, model: MediaSize, *, winners_only: bool = False) -> None:
@@ -91,6 +100,7 @@ class Preparation:
         check_crop(config, model)
         self._center_crop, self._mirrored = config.center_crop, config.random_flip
         self._size = config.size or model.size
+        self.buckets = bucket_sizes(self._size, config.bucket_step) if config.aspect_ratio_buckets else ()
         self._clip = (model.num_frames, float(config.fps or model.frame_rate)) if model.is_video else None
         self.batch_size = config.encode_batch_size or (1 if model.is_video else 8)
 
@@ -100,6 +110,7 @@ class Preparation:
         return {
             "transform": TRANSFORM_VERSION,
             "size": list(self._size),
+            **({"buckets": [list(size) for size in self.buckets]} if self.buckets else {}),
             "crop": "center" if self._center_crop else "one place for each pair",
             "views": 2 if self._mirrored else 1,
             **({"members": list(self.members)} if len(self.members) == 1 else {}),
@@ -113,22 +124,28 @@ class Preparation:
             draw = Draw(0, 0, pair.pair_id)
             place = (draw.uniform("crop/down"), draw.uniform("crop/right"))
         images: list[Tensor] = []
+        size, bucket = self._size, 0
         for member in self.members:
+            source: ImageSource = getattr(pair, member)
             try:
-                image = self._pixels(getattr(pair, member), place)
+                if self._clip is not None:
+                    image = clip_pixels(source, *self._clip, size, place)
+                else:
+                    picture = source.decode()
+                    if self.buckets and member == "chosen":  # the first one, which decides for both
+                        bucket = nearest_bucket(self.buckets, picture.height, picture.width)
+                        size = self.buckets[bucket]
+                    image = pixels(picture, size, place)
             except CorruptImageError as error:
                 return Decoded(pair, reason=f"{member}: {error}")
             images += [image, image.flip(-1)] if self._mirrored else [image]
-        return Decoded(pair, tuple(images))
-
-    def _pixels(self, source: ImageSource, place: tuple[float, float]) -> Tensor:
-        if self._clip is None:
-            return pixels(source.decode(), self._size, place)
-        return clip_pixels(source, *self._clip, self._size, place)
+        return Decoded(pair, tuple(images), bucket=bucket)
 
 
 def check_crop(config: DataConfig, model: Media) -> None:
-    """Raises ValueError for random crops of images, which are drawn anew at every visit and so cannot be cached."""
+    """Raises ValueError for what cached latents cannot follow, random crops of images, and for buckets of clips."""
+    if config.aspect_ratio_buckets and model.is_video:
+        raise ValueError("data.aspect_ratio_buckets are for images, and the model draws videos; leave them out")
     if not config.center_crop and not model.is_video:
         raise ValueError(
             "data.center_crop is false: a random crop of images changes at every visit, which cached latents cannot "

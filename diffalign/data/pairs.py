@@ -58,16 +58,20 @@ class ReadReport:
     identical: int = 0
     corrupt: tuple[str, ...] = ()
 
-    def count(self, verdict: Verdict) -> ReadReport:
-        """The report after one more row."""
-        return replace(
-            self,
-            rows=self.rows + 1,
-            kept=self.kept + (verdict == "keep"),
-            ties=self.ties + (verdict == "tie"),
-            unlabelled=self.unlabelled + (verdict == "unlabelled"),
-            identical=self.identical + (verdict == "identical"),
+    @staticmethod
+    def of(verdicts: Mapping[Verdict, int]) -> ReadReport:
+        """The report on rows of which so many got each verdict."""
+        return ReadReport(
+            rows=sum(verdicts.values()),
+            kept=verdicts.get("keep", 0),
+            ties=verdicts.get("tie", 0),
+            unlabelled=verdicts.get("unlabelled", 0),
+            identical=verdicts.get("identical", 0),
         )
+
+    def verdicts(self) -> dict[Verdict, int]:
+        """How many rows got each verdict, while no image has been decoded."""
+        return {"keep": self.kept, "tie": self.ties, "unlabelled": self.unlabelled, "identical": self.identical}
 
     def with_corrupt(self, pair_ids: Sequence[str]) -> ReadReport:
         """The report after some of the kept pairs turned out to be unreadable."""
@@ -220,7 +224,7 @@ def content_fingerprint(pairs: Iterable[Pair]) -> str:
     return total.hexdigest()
 
 
-def refuse_duplicates(pair_ids: Sequence[str], name: str) -> None:
+def refuse_duplicates(pair_ids: Iterable[str], name: str) -> None:
     """Raises ValueError if two pairs share a name: they would share every random draw."""
     seen: set[str] = set()
     for pair_id in pair_ids:

@@ -4,18 +4,23 @@ Nothing is remembered between calls. The run visits the pairs in one endless seq
 permutation of all pairs that depends on (seed, epoch) only; optimizer step s takes the next `global_batch_size`
 of it. Resuming at a step is therefore asking for that step, and what a pair draws does not depend on the number of
 processes or on how a step is cut into micro-batches.
+
+Pairs of several sizes (`data.aspect_ratio_buckets`) are visited in another sequence, of whole micro-batches of one size
+each; see `ShuffledBuckets`. It depends on the pairs of a micro-batch too, and on nothing else: processes and
+accumulation may be traded for one another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from concurrent.futures import Future
 
 import torch
 
 from diffalign.batches import Moments, PairBatch
 from diffalign.data.encoded import EncodedPairs
+from diffalign.data.order import Order, ShuffledBuckets, ShuffledEpochs
+from diffalign.helper_threads import helper_threads
 from diffalign.randomness import Draw, generator
 
 VALIDATION_EPOCH = -1
@@ -76,8 +81,11 @@ class PairSource:
         self._micro_steps = gradient_accumulation_steps
         self._num_processes = num_processes
         self._process_index = process_index
-        self._permutation = lru_cache(maxsize=3)(self._draw_permutation)
-        self._thread = ThreadPoolExecutor(1, "pairs") if prefetch else None
+        buckets = encoded.buckets
+        self._order: Order = (
+            ShuffledEpochs(len(encoded), seed) if buckets is None else ShuffledBuckets(buckets, seed, batch_size)
+        )
+        self._thread = helper_threads(1, "pairs") if prefetch else None
         self._next: tuple[tuple[int, int], Future[PairBatch]] | None = None
 
     def batch(self, step: int, micro_step: int) -> PairBatch:
@@ -110,8 +118,7 @@ class PairSource:
         start = step * self.global_batch_size + first
         visits = []
         for position in range(start, start + (self.global_batch_size - first if count is None else count)):
-            epoch, index = divmod(position, len(self.encoded))
-            row = self._permutation(epoch)[index]
+            row, epoch = self._order.at(position)
             drawn = epoch % self.draws_per_pair if self.draws_per_pair else epoch
             visits.append((row, Draw(self.seed, drawn, self.encoded.pair_id(row))))
         return visits
@@ -136,18 +143,19 @@ class PairSource:
 
         Args:
             count: How many pairs, chosen by the seed; all if there are fewer.
-            batch_size: Pairs per batch; None takes that of training. The last batch may be smaller.
+            batch_size: Pairs per batch; None takes that of training. The last batch may be smaller, that of each
+                size of pictures.
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        order = torch.randperm(len(self.encoded), generator=generator(self.seed, "validation")).tolist()
-        visits = [(row, Draw(self.seed, VALIDATION_EPOCH, self.encoded.pair_id(row))) for row in order[:count]]
-        size = batch_size or self._batch_size
-        return [self._assemble(visits[i : i + size], training=False) for i in range(0, len(visits), size)]
-
-    def _draw_permutation(self, epoch: int) -> list[int]:
-        order = torch.randperm(len(self.encoded), generator=generator(self.seed, "permutation", epoch))
-        return [int(row) for row in order]
+        order = torch.randperm(len(self.encoded), generator=generator(self.seed, "validation"))[:count].tolist()
+        buckets, size = self.encoded.buckets, batch_size or self._batch_size
+        alike: dict[int, list[tuple[int, Draw]]] = {}
+        for row in order:
+            visit = (row, Draw(self.seed, VALIDATION_EPOCH, self.encoded.pair_id(row)))
+            alike.setdefault(0 if buckets is None else int(buckets[row]), []).append(visit)
+        cut = [visits[i : i + size] for _, visits in sorted(alike.items()) for i in range(0, len(visits), size)]
+        return [self._assemble(visits, training=False) for visits in cut]
 
     def _load(self, step: int, micro_step: int) -> PairBatch:
         return self._assemble(self.own_visits(step, micro_step), training=True)

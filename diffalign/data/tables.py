@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from diffalign.data.config import DataConfig
+
+if TYPE_CHECKING:
+    import datasets  # with pandas a second of importing, which folders of pictures need not wait for
 
 _MODULES = {".parquet": "parquet", ".arrow": "arrow"}
 
@@ -108,6 +109,8 @@ def open_dataset(config: DataConfig, *, streaming: bool) -> DatasetTable | Strea
     Raises:
         ValueError: If there is no such data set, configuration or split, or it needs code of its own to be read.
     """
+    from datasets.exceptions import DatasetsError
+
     name = str(config.train_data_dir or config.dataset_name)
     local = Path(name)
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
@@ -119,7 +122,7 @@ def open_dataset(config: DataConfig, *, streaming: bool) -> DatasetTable | Strea
         else:
             builder.download_and_prepare()
             whole = builder.as_dataset(split=config.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk, not the name
         reason = " ".join(str(error).split())
@@ -134,19 +137,23 @@ def open_dataset(config: DataConfig, *, streaming: bool) -> DatasetTable | Strea
 
 
 def _builder(config: DataConfig, local: Path) -> Any:
+    from datasets import load_dataset_builder
+
     cache = None if config.cache_dir is None else str(config.cache_dir)
     if local.is_file():
         module = _MODULES.get(local.suffix)
         if module is None:
             raise ValueError(f"a file of type {local.suffix!r}; expected one of {', '.join(_MODULES)}")
         files = {config.split.partition("[")[0]: str(local)}
-        return datasets.load_dataset_builder(module, config.dataset_config_name, data_files=files, cache_dir=cache)
-    return datasets.load_dataset_builder(str(local), config.dataset_config_name, cache_dir=cache)
+        return load_dataset_builder(module, config.dataset_config_name, data_files=files, cache_dir=cache)
+    return load_dataset_builder(str(local), config.dataset_config_name, cache_dir=cache)
 
 
 def _saved(folder: Path, split: str) -> DatasetTable:
-    loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.DatasetDict):
+    from datasets import DatasetDict, load_from_disk
+
+    loaded = load_from_disk(str(folder))
+    if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise ValueError(f"no split {split!r} in {folder}; it has {', '.join(loaded)}")
         loaded = loaded[split]
@@ -157,8 +164,10 @@ def _saved(folder: Path, split: str) -> DatasetTable:
 
 def _undecoded(dataset: Any) -> Any:
     """The data set with its image and video columns as they are stored, so that reading a row decodes nothing."""
+    from datasets import Image, Video
+
     for column, feature in (dataset.features or {}).items():
-        if isinstance(feature, datasets.Image | datasets.Video):
+        if isinstance(feature, Image | Video):
             dataset = dataset.cast_column(column, type(feature)(decode=False))
     return dataset
 

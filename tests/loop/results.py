@@ -37,6 +37,7 @@ def rows(folder: Path | str, kind: str = "train") -> list[dict[str, float]]:
         named = {k.removeprefix(f"{kind}/"): v for k, v in row.items() if k.startswith(f"{kind}/")}
         if named:
             named.pop("seconds", None)
+            named.pop("data_seconds", None)
             found.append({"step": row["step"], **named})
     return found
 

@@ -25,6 +25,8 @@ def _policy(prediction: Prediction = Prediction.VELOCITY) -> TablePolicy:
 class Samples:
     """Encoded samples as a source sees them: names, prompts, rewards."""
 
+    buckets = None
+
     def __init__(self, prompts: list[str], rewards: list[list[float]]) -> None:
         self.prompts, self._rewards = prompts, double(*rewards)
 
