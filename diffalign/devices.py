@@ -28,6 +28,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
     From ordinary memory the CPU waits until the copy has had its turn; memory that is pinned is copied when it comes.
     """
-    if tensor.device.type == "cpu" and device.type == "cuda":
+    if tensor.device.type == "cpu" and device.type == "cuda" and type(tensor) is Tensor:  # none without storage
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

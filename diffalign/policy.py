@@ -187,6 +187,9 @@ class Policy(ABC):
     def load_trained(self, folder: Path) -> None:
         """Reads what `save_trained` wrote back into the policy."""
 
+    def rest_reference(self) -> None:
+        """Lets the reference's own weights, if it has any, wait in the CPU's memory until the reference is asked."""
+
     def reference_fingerprint(self) -> str:
         """A hash of what the reference's answers and their meaning come from: weights, prediction, schedule."""
         raise NotImplementedError(

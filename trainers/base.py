@@ -297,6 +297,13 @@ class PairTrainer(Trainer):
         super().begin(step, folder)
         if self.cached is not None:
             self.cached.fill(step, self._measure, self.config.reference_batch_size)
+            self.policy.rest_reference()
+
+    def update(self, step: int) -> None:
+        """With `reference: cached`, lets the reference rest again if a validation has asked it."""
+        super().update(step)
+        if self.cached is not None:
+            self.policy.rest_reference()
 
     def _measure(self, batch: PairBatch) -> Tensor:
         return self.reference_errors(self.noisy_states(batch.to(next(self.policy.denoiser.parameters()).device)))

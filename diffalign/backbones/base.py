@@ -407,6 +407,8 @@ class PipelinePolicy(Encoders, NegativeBranch):
             reference: Which of the two.
             negative_rows: Prompts that are drawn at once, if the negative model is to be the unconditional branch.
         """
+        if reference:
+            self.wake_reference()
         module = self._frozen if reference and self._frozen is not None else self.denoiser
         self._place(module)
         cast = module.register_forward_pre_hook(to_own_dtype(module), with_kwargs=True)
@@ -437,6 +439,7 @@ class _Frozen:
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output with the weights that training started from, [B, C, ...]."""
         policy = self.policy
+        policy.wake_reference()
         module = policy._frozen if policy._frozen is not None else policy.denoiser
         with policy.adapter_off():
             return policy._call(module, policy.denoiser.dtype, noisy_latents, timesteps, conditioning)

@@ -121,6 +121,7 @@ class NegativeBranch(TrainedWeights):
         """A second denoiser with the mixed weights written out."""
         if getattr(self.denoiser, "is_quantized", False):
             raise ValueError("quantized weights cannot be mixed; give the negative model as a LoRA, or leave out alpha")
+        self.wake_reference()
         base = _plain(self._frozen if self._frozen is not None else self.denoiser)
         states: list[tuple[Mapping[str, Tensor], float]] = []
         if self.lora is not None:

@@ -20,7 +20,7 @@ from diffalign.backbones.loading import LORA_FILE, LoRA
 from diffalign.backbones.precision import halve
 from diffalign.policy import Policy
 from diffalign.randomness import generator
-from diffalign.sharding import cut_like, whole
+from diffalign.sharding import cut_like, is_sharded, whole
 
 ADAPTER = "default"
 """Name of the trained adapter inside peft."""
@@ -137,6 +137,16 @@ class TrainedWeights(Policy):
     def _halve(self, module: Any, dtype: torch.dtype) -> None:
         """Rounds the frozen copy; see `halve`."""
         halve(module, dtype)
+
+    def rest_reference(self) -> None:
+        """See `Policy.rest_reference`; with adapters the reference has no weights of its own."""
+        if self._frozen is not None and not is_sharded(self._frozen) and place_of(self._frozen).type != "cpu":
+            self._frozen.to("cpu")
+
+    def wake_reference(self) -> None:
+        """Brings the frozen copy to the denoiser, if it rests."""
+        if self._frozen is not None and place_of(self._frozen) != place_of(self.denoiser):
+            self._frozen.to(place_of(self.denoiser))
 
     # --- the reference's weights -------------------------------------------------------------------------------------
 
@@ -339,3 +349,8 @@ def adapter_metadata(denoiser: Any) -> dict[str, Any]:
     """The adapter's settings as a LoRA file's metadata hold them; without them alpha is taken to be the rank."""
     settings = denoiser.peft_config[ADAPTER].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    return next(module.parameters()).device

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from diffalign import commands, reference_errors, sharding
-from diffalign.backbones import LoRA, load_policy
+from diffalign.backbones import LoRA, load_policy, trained_weights
 from diffalign.batches import PairBatch
 from diffalign.config import ConfigError, load_config, trainer_settings
 from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, load_pairs
@@ -225,6 +225,38 @@ def test_what_cannot_be_cached_is_an_error(
     monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
     with pytest.raises(ValueError, match=r"trainer.reference: each process computes .*; train with DDP .* live"):
         errors.fill(0, lambda batch: torch.zeros(2 * len(batch)), 4)
+
+
+@pytest.mark.slow
+def test_a_reference_that_is_not_asked_rests(
+    tiny_pipeline: Path, encoded: EncodedPairs, tmp_path: Path, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place is only written down here: a machine without an accelerator has no other memory to rest in."""
+    policy: Any = load_policy(str(tiny_pipeline), train=True)
+    places = {id(policy.denoiser): "cuda", id(policy._frozen): "cuda"}
+    monkeypatch.setattr(trained_weights, "place_of", lambda module: torch.device(places[id(module)]))
+    moved: list[str] = []
+
+    def to(place: Any) -> None:
+        moved.append(str(place))
+        places[id(policy._frozen)] = str(place)
+
+    monkeypatch.setattr(policy._frozen, "to", to)
+    trainer = DiffusionDPO(policy, reference="cached", draws_per_pair=1)
+    batches_of_pairs = trainer.source(source_of(encoded, draws=1), 0)
+    trainer.begin(0, tmp_path)
+    assert moved == ["cpu"]
+    trainer.loss(batches_of_pairs.batch(0, 0))
+    trainer.update(1)
+    assert moved == ["cpu"], "training asks it nothing"
+    trainer.validate(batches(2))
+    assert moved == ["cpu", "cuda"]
+    trainer.update(2)
+    assert moved == ["cpu", "cuda", "cpu"]
+    policy.sample(["a"], [0], num_inference_steps=1, reference=True)
+    assert moved[3:] == ["cuda"]
+    DiffusionDPO(policy).update(3)
+    assert moved[3:] == ["cuda"], "only a reference whose answers are cached rests"
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
