@@ -187,7 +187,7 @@ class Policy(ABC):
     def load_trained(self, folder: Path) -> None:
         """Reads what `save_trained` wrote back into the policy."""
 
-    def rest_reference(self) -> None:
+    def rest_reference(self) -> None:  # noqa: B027 - most have nothing to do
         """Lets the reference's own weights, if it has any, wait in the CPU's memory until the reference is asked."""
 
     def reference_fingerprint(self) -> str:
