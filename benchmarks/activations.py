@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.architectures import Architecture, build
 from diffalign.batches import Conditioning
@@ -38,11 +39,13 @@ class Activations:
         largest_block: Of those that checkpointing throws away and computes again, the most that one block needs at
             once; 0 without checkpointing.
         rounded: 16-bit copies of trained weights, which autocast keeps until the forward pass ends, and autograd after.
+        recomputed: Share of the forward pass's multiplications that the backward pass makes again, in 0..1.
     """
 
     kept: int
     largest_block: int
     rounded: int
+    recomputed: float = field(default=0.0, compare=False)
 
     @property
     def peak(self) -> int:
@@ -115,6 +118,34 @@ class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts multiplications, and those that a block computes again.
+
+    Args:
+        recompute: What blocks compute again.
+
+    Attributes:
+        inside: Whether a block is running.
+        total: So far.
+        again: Of these, to be computed a second time.
+    """
+
+    def __init__(self, recompute: Recompute) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recompute, self.inside = recompute, False
+        self.total = self.again = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            work = formula(*args, **(kwargs or {}), out_val=result)
+            self.total += work
+            if self.inside and not (self.recompute == "selective" and is_kept(func, args)):
+                self.again += work
+        return result
+
+
 class _Fused(TorchFunctionMode):
     """Attention without a mask through the flash kernel, which PyTorch would choose if there were a GPU."""
 
@@ -177,13 +208,15 @@ def count_of(
     """
     weights = (*denoiser.parameters(), *denoiser.buffers())
     blocks = [0]
-    keeping = Keeping(weights)
+    keeping, work = Keeping(weights), _Work(recompute)
 
     def apart(block: Callable[..., Any], *inputs: Any) -> Any:
         given = [keeping.note(tensor) for tensor in inputs if isinstance(tensor, Tensor)]
         inside = Keeping(weights, given)
         with inside.watching(), _Outputs(keeping) if recompute == "selective" else nullcontext():
+            work.inside = True
             outputs = block(*inputs)
+            work.inside = False
         keeping.rounded |= inside.rounded
         blocks.append(sum(size for key, size in inside.sizes.items() if key not in keeping.sizes))
         return outputs
@@ -191,13 +224,14 @@ def count_of(
     if recompute:
         denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=apart)
     try:
-        with _autocast(device, dtype), keeping.watching():
+        with _autocast(device, dtype), keeping.watching(), work:
             output = forward()
     finally:
         if recompute:
             denoiser.disable_gradient_checkpointing()
     assert output.requires_grad
-    return Activations(sum(keeping.sizes.values()), max(blocks), sum(keeping.rounded.values()))
+    share = work.again / work.total if work.total else 0.0
+    return Activations(sum(keeping.sizes.values()), max(blocks), sum(keeping.rounded.values()), share)
 
 
 def _storage(tensor: Tensor) -> int:

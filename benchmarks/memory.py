@@ -37,7 +37,8 @@ WAYS: tuple[tuple[str, Recompute], ...] = (("all kept", False), ("checkpointing"
 
 
 NOTE = """GB (10^9 bytes) for one pair in bf16; predicted, not measured. Activations include the rounded copies of
-weights that autocast makes and, where blocks are computed again, the largest of them."""
+weights that autocast makes and, where blocks are computed again, the largest of them. "again": the share of a forward
+pass's multiplications that the backward pass makes a second time."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def predict(architecture: Architecture, plan: Plan, ways: Mapping[str, Activatio
             name: {"kept": one.kept, "largest_block": one.largest_block, "rounded_weights": one.rounded}
             for name, one in ways.items()
         },
+        "recomputed": {name: one.recomputed for name, one in ways.items()},
         "together": {name: sum(parts.values()) + one.peak + one.rounded for name, one in ways.items()},
     }
 
@@ -123,6 +125,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     head = ["model", "mode", "optimizer", "weights", "reference", "gradients", "moments"]
     for way in ways:
         head += [f"activations, {way}", f"together, {way}"]
+    head += [f"again, {way}" for way in ways[1:]]
     lines = [f"| {' | '.join([*head, 'aim'])} |", f"| --- | --- | --- |{' ---: |' * (len(head) - 2)}"]
     for record in records:
         parts = record["held"]
@@ -133,7 +136,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             sizes += [sum(found.values()), record["together"][way]]
         aim = "" if record["aim_gb"] is None else f"< {record['aim_gb']:g}"
         names = [record["architecture"], record["mode"], record["optimizer"]]
-        lines.append(f"| {' | '.join([*names, *(f'{size / GB:.2f}' for size in sizes), aim])} |")
+        again = [f"{record['recomputed'][way]:.0%}" for way in ways[1:]]
+        lines.append(f"| {' | '.join([*names, *(f'{size / GB:.2f}' for size in sizes), *again, aim])} |")
     return "\n".join([*lines, "", NOTE])
 
 

@@ -239,7 +239,9 @@ def draw(
     with log.progress("sampling", kind) as progress:
         for chunk in log.todo:
             batch = requests[chunk.start : chunk.stop]
-            filled = fill_up(batch, sampling.batch_size) if policy.compiled else batch
+            filled = batch
+            if policy.compiled and chunk.start:  # as long as those before
+                filled = fill_up(batch, sampling.batch_size)
             images = policy.sample(
                 [request.prompt for request in filled],
                 [request.seed for request in filled],

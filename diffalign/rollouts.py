@@ -290,7 +290,7 @@ class StochasticSampler:
         drawn = []
         for start in range(0, len(images), batch_size):
             chunk = images[start : start + batch_size]
-            filled = fill_up(chunk, batch_size) if policy.compiled else chunk
+            filled = fill_up(chunk, batch_size) if policy.compiled and start else chunk  # as long as those before
             told = conditioning[[number for number, _ in filled]]
             path, log_probs = self._trajectories([(draws[number], k) for number, k in filled], told, unconditional)
             drawn.append((path[: len(chunk)], log_probs[: len(chunk)]))

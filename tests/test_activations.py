@@ -33,6 +33,13 @@ def really_kept(architecture: Any, *, lora: bool, dtype: torch.dtype, recompute:
     )
 
 
+@pytest.mark.slow
+def test_what_is_computed_again() -> None:
+    kept, selective, whole = (count(SD15, lora=False, recompute=how).recomputed for how in (False, "selective", True))
+    assert kept == 0
+    assert 0 < selective < 0.5 < whole <= 1
+
+
 def test_a_layer_keeps_its_input_once() -> None:
     layer = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     inputs = torch.zeros(3, 4)

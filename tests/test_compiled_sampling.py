@@ -59,6 +59,11 @@ def test_last_batches_are_filled_up_for_compiled_denoisers_alone(tiny_pipeline: 
     assert said[1]["torch_compile"] == filled.compiled
     for seen in rows:
         seen.clear()
+    for policy, name in ((plain, "plain"), (filled, "filled")):  # nothing to be as long as: a batch that is alone
+        generate(policy, REQUESTS[:1], tmp_path / f"{name} alone", SAMPLING, settings={})
+    assert rows == ([2, 2], [2, 2])
+    for seen in rows:
+        seen.clear()
     expected, found = rollout(plain), rollout(filled)
     assert rows == ([4, 4, 2, 2], [4, 4, 4, 4])
     torch.testing.assert_close(found.path, expected.path, rtol=0, atol=1e-5)
