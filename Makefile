@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 # Groups of tests in the order of tests/conftest.py, not by their number.
 PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help install demo results bench bench-gpu bench-memory bench-growth bench-scoring test test-fast test-all check format build clean
+.PHONY: help install demo results bench bench-gpu bench-memory bench-growth bench-startup bench-scoring test test-fast test-all check format build clean
 
 help:
 	@echo "make demo       align the embedded model and write runs/demo/report.html (under five minutes)"
@@ -22,7 +22,8 @@ help:
 	@echo "make bench          pairs and pictures per second, against training and sampling as public scripts write them"
 	@echo "make bench-gpu      training steps at real widths on a GPU, random weights; MINUTES=, CELLS=; goes on where it was"
 	@echo "make bench-memory   memory of a training step at real widths, predicted without a GPU"
-	@echo "make bench-growth   how a step of the embedded model grows with batch, resolution and processes"
+	@echo "make bench-growth   how a step grows with batch, resolution and processes, and a start with the number of pairs"
+	@echo "make bench-startup  seconds to --help, to a mistake in a configuration, to the first step"
 	@echo "make bench-scoring  pictures per second of a CLIP scorer, batched and one by one, and of the journal"
 	@echo "make test       all tests that need neither network nor accelerator"
 	@echo "make test-fast  the quick ones (under two minutes on two cores)"
@@ -57,6 +58,10 @@ bench-memory: install
 
 bench-growth: install
 	@$(BIN)/python -m benchmarks.step_growth
+	@$(BIN)/python -m benchmarks.data_growth
+
+bench-startup: install
+	@$(BIN)/python -m benchmarks.startup
 
 bench-scoring: install
 	@$(BIN)/python -m benchmarks.scoring $(if $(FULL_SIZE),--full-size)

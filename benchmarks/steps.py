@@ -220,6 +220,7 @@ class Watch:
         self._begin(step, folder)
         if self.cached:
             self.pairs.ask(self.trainer)
+            self.trainer.policy.rest_reference()
         self.timeline.watch(self.trainer, "noised", "noise")
         self.timeline.watch(self.trainer.reference, "predict", "reference")
         self.timeline.watch(self.trainer.policy, "predict", "policy")

@@ -7,10 +7,12 @@ and they take turns step by step:
 - `live`: `diffalign.fit` on the encoded cache, the reference asked at every step
 - `cached`: the same with `trainer.reference: cached`; the first pass over all draws is timed apart
 
-Then `cached` with further switches. For each: pairs per second; the ratio to `plain`, step against the step beside it,
-the median over all rounds with the middle half of them; the ratio that the time split of `plain` predicts (its step
-without the parts that the way leaves out); and the largest difference of the losses from those of `plain`. A step is
-all that happens from one batch to the next, reading and logging included.
+Then `cached` with further switches; "fused" also reads losses ten steps at once. For each: pairs per second; the ratio
+to `plain`, step against the step beside it, the median over all rounds with the middle half of them, and that of all
+steps together; the ratio that the time split of `plain` predicts (its step without the parts that the way leaves out),
+and how much of it was reached; useful work over what the CPU does in a large matrix product (MFU); the process's
+largest memory; and the largest difference of the losses from those of `plain`. A step is all that happens from one
+batch to the next, reading and logging included.
 
     python -m benchmarks.training_step                 all weights and adapters, some minutes on two cores
     python -m benchmarks.training_step --quick         two steps of adapters, one way after another, to try the script
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import resource
 import statistics
 import sys
 import tempfile
@@ -29,7 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 import diffalign as da
+from benchmarks.accounting import measure_peak, share, units
 from benchmarks.machine import machine
 from benchmarks.plain_step import PARTS, PlainStep
 from benchmarks.turns import Job, Stopwatch, Turn, take_turns
@@ -77,6 +84,8 @@ COMPILED = {
     "cached, compiled": Way("cached", compiled=True),
     "cached, all three": Way("cached", FUSED, channels_last=True, compiled=True),
 }
+COLUMNS = ("way", "pairs/s", "times plain", "middle half", "all steps", "predicted", "of it", "MFU", "GiB")
+COLUMNS += ("loss difference",)
 MODES = {"all weights": False, "LoRA, rank 8": True}
 """Name -> whether adapters are trained."""
 
@@ -140,7 +149,7 @@ def run_plain(turn: Turn, scene: Scene) -> dict[str, Any]:
     for number in range(scene.steps):
         turn.next()
         step(number)
-    return {"losses": step.losses, "split": step.seconds}
+    return {"losses": step.losses, "split": step.seconds, "peak_gib": _peak_gib()}
 
 
 def run_way(turn: Turn, scene: Scene, way: Way) -> dict[str, Any]:
@@ -174,7 +183,7 @@ def run_way(turn: Turn, scene: Scene, way: Way) -> dict[str, Any]:
         da.fit(trainer, _InTurn(batches, turn), da.TrainingConfig(**settings))
         lines = (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "train/loss" in row]
-    return {"losses": [row["train/loss"] for row in rows], "first_pass": first_pass}
+    return {"losses": [row["train/loss"] for row in rows], "first_pass": first_pass, "peak_gib": _peak_gib()}
 
 
 def measure(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
@@ -191,6 +200,7 @@ def measure(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[st
     counted = slice(options.warmup, options.warmup + options.rounds)
     seconds = {name: times[counted] for name, (times, _) in found.items()}
     plain = found["plain"][1]
+    tflop, peak = _forward_tflop(scene.policy()), measure_peak(torch.device("cpu"), side=1024)
     split = {part: statistics.median(step[part] for step in plain["split"][counted]) for part in PARTS}
     whole = statistics.median(seconds["plain"])
     results = {}
@@ -201,11 +211,27 @@ def measure(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[st
             "pairs_per_second": scene.batch_size / statistics.median(seconds[name]),
             "ratio": statistics.median(ratios),
             "middle_half": _middle_half(ratios),
+            "ratio_of_sums": sum(seconds["plain"]) / sum(seconds[name]),
             "predicted_ratio": whole / (whole - sum(split[part] for part in way.leaves_out)),
+            "mfu": share(
+                scene.batch_size / statistics.median(seconds[name]),
+                units("lora" if lora else "full", cached=way.reference == "cached"),
+                tflop,
+                peak,
+            ),
+            "peak_gib": found[name][1]["peak_gib"],
             "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, plain["losses"], strict=True)),
         }
     return {
-        "plain": {"pairs_per_second": scene.batch_size / whole, "split_seconds": split, "seconds": whole},
+        "plain": {
+            "pairs_per_second": scene.batch_size / whole,
+            "split_seconds": split,
+            "seconds": whole,
+            "mfu": share(scene.batch_size / whole, units("lora" if lora else "full", cached=False), tflop, peak),
+            "peak_gib": plain["peak_gib"],
+        },
+        "forward_tflop": tflop,
+        "peak_tflops": peak,
         "ways": results,
         "encoding_seconds": encoding,
         "first_pass_seconds": [s for name in ways for s in found[name][1]["first_pass"]],
@@ -221,6 +247,19 @@ def _alone(jobs: dict[str, Job]) -> dict[str, tuple[list[float], Any]]:
         result = function(watch, *arguments)
         found[name] = (watch.seconds, result)
     return found
+
+
+def _peak_gib() -> float:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _forward_tflop(policy: Any) -> float:
+    """Of one sample through the denoiser."""
+    latents, counter = torch.zeros(1, *policy.latent_shape), FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        policy.frozen().predict(latents, torch.zeros(1, dtype=torch.long), policy.encode_prompts([""]))
+    return counter.get_total_flops() / 1e12
 
 
 def _middle_half(values: list[float]) -> list[float]:
@@ -239,15 +278,17 @@ def table(record: dict[str, Any]) -> str:
         lines = [
             f"{mode}; of a plain step: {shares}",
             "",
-            "| way | pairs/s | times plain | middle half | predicted | largest loss difference |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-            f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | | 1.00 | 0 |",
+            f"| {' | '.join(COLUMNS)} |",
+            f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
+            f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | | 1.00 | 1.00 | "
+            f"| {plain['mfu']:.0%} | {plain['peak_gib']:.1f} | 0 |",
         ]
         for name, way in found["ways"].items():
-            low, high = way["middle_half"]
+            (low, high), reached = way["middle_half"], way["ratio"] / way["predicted_ratio"]
             lines.append(
                 f"| {name} | {way['pairs_per_second']:.1f} | {way['ratio']:.2f} | {low:.2f} to {high:.2f} "
-                f"| {way['predicted_ratio']:.2f} | {way['largest_loss_difference']:.1e} |"
+                f"| {way['ratio_of_sums']:.2f} | {way['predicted_ratio']:.2f} | {reached:.0%} "
+                f"| {way['mfu']:.0%} | {way['peak_gib']:.1f} | {way['largest_loss_difference']:.1e} |"
             )
         once = found["first_pass_seconds"][0] if found["first_pass_seconds"] else 0.0
         lines += [

@@ -120,7 +120,7 @@ class Way:
             yield {"fused_optimizer": "fused" in self.switches}
 
 
-_ALL = "channels_last+fused+cudnn_benchmark"
+_ALL = "channels_last+fused"
 DEFAULT = tuple(
     Way.parse(text)
     for text in (

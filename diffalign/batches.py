@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from diffalign.devices import send
+from diffalign.devices import pinned, send
 from diffalign.randomness import Draw
 
 
@@ -95,12 +95,12 @@ class PairBatch:
     def pin_memory(self) -> Self:
         """The same batch in memory that a GPU copies from without waiting for the CPU; needs CUDA."""
 
-        def pinned(value: Any) -> Any:
+        def moved(value: Any) -> Any:
             if isinstance(value, Conditioning):
-                return Conditioning({n: t.pin_memory() for n, t in value.tensors.items()})
-            return value.pin_memory() if isinstance(value, Tensor) else value
+                return Conditioning({name: pinned(tensor) for name, tensor in value.tensors.items()})
+            return pinned(value) if isinstance(value, Tensor) else value
 
-        return replace(self, **{f.name: pinned(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def exchanged(self) -> Self:
         """The same pairs with chosen and rejected exchanged."""

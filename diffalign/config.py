@@ -117,7 +117,7 @@ class TrainingConfig(_Strict):
         logging_steps: A line in metrics.jsonl every so many optimizer steps.
         sync_steps: Losses and metrics stay on the device and are read every so many optimizer steps; in between the CPU
             never waits for it. A bad loss is then seen up to so many steps late, and changes no weight meanwhile, for
-            which the optimizer must be fused. None: 10 on accelerators where that is so, else 1.
+            which AdamW must be fused. None: 1 on a CPU; on a GPU so many that ten micro-batches wait to be read.
         checkpointing_steps: A checkpoint every so many optimizer steps.
         checkpoints_total_limit: How many checkpoints to keep; None keeps all.
         resume_from_checkpoint: "latest", a checkpoint's folder, or None.

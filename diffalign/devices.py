@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["pick_device", "resolve_device", "send"]
+__all__ = ["pick_device", "pinned", "resolve_device", "send"]
 
 
 def pick_device() -> str:
@@ -29,5 +29,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     From ordinary memory the CPU waits until the copy has had its turn; memory that is pinned is copied when it comes.
     """
     if tensor.device.type == "cpu" and device.type == "cuda" and type(tensor) is Tensor:  # none without storage
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU in memory that a GPU copies from by itself; needs CUDA."""
+    return tensor.contiguous().pin_memory()  # which keeps strides, and cannot fill an expanded tensor's

@@ -120,7 +120,7 @@ def estimate_run(config: RunConfig, source: ModelSource) -> Estimate:
     passes: dict[str, float] = trainer.forwards(settings)
     per_pair = passes["policy"]
     forwards = {**passes, "backward": per_pair if lora is not None else 2 * per_pair}
-    if model.gradient_checkpointing is True:  # "selective" recomputes no matrix product
+    if model.gradient_checkpointing is True:  # "selective" recomputes a part, which only shapes could tell
         forwards["recomputed activations"] = per_pair
     return Estimate(
         parameters=parameters,

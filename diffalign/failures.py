@@ -60,14 +60,16 @@ class NumberGuard:
         """
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has the real one
         fused = isinstance(inner, torch.optim.AdamW) and all(group["fused"] for group in inner.param_groups)
-        able = fused and self.plain and self.accelerator.scaler is None
+        heeded = self.accelerator.device.type in ("cpu", "cuda")  # Apple's fused AdamW takes the flag and ignores it
+        able = fused and heeded and self.plain and self.accelerator.scaler is None
         if sync_steps is not None and sync_steps > 1 and not able:
             raise ValueError(
-                f"training.sync_steps: {sync_steps} steps at once need training.fused_optimizer=true, and neither fp16 "
-                "nor sharded weights, so that no bad number reaches the weights unseen; leave it out"
+                f"training.sync_steps: {sync_steps} steps at once need training.fused_optimizer=true on CUDA or a CPU, "
+                "and neither fp16 nor sharded weights, so that no bad number reaches the weights unseen; leave it out"
             )
         if sync_steps is None:
-            sync_steps = SYNC_STEPS if able and self.accelerator.device.type != "cpu" else 1
+            each = self.accelerator.gradient_accumulation_steps  # batches of a step, which wait to be read too
+            sync_steps = max(1, SYNC_STEPS // each) if able and self.accelerator.device.type != "cpu" else 1
         if sync_steps > 1:
             self._broken = torch.zeros((), device=self.accelerator.device)
             inner.found_inf = self._broken

@@ -205,6 +205,10 @@ class _Run:
                         )
                         raise SystemExit(0)
                 self._read(bar)
+        except Exception:
+            if accelerator.num_processes == 1:  # a process alone must not wait for the others
+                self._read(bar)  # steps that were finished; or a bad number, which is then the cause
+            raise
         finally:
             bar.close()
             for tracker in accelerator.trackers:  # `end_training` would also end the talk between processes

@@ -14,11 +14,15 @@ def check_optimizer(config: TrainingConfig) -> None:
     """Refuses what `make_optimizer` could not make.
 
     Raises:
-        ValueError: If the optimizer needs a package that is not installed, or has no fused form.
+        ValueError: If the optimizer needs a package that is not installed, has no fused form, or must not be fused.
     """
     if config.fused_optimizer and config.optimizer != "adamw":
         raise ValueError(
             f"training.fused_optimizer is for optimizer 'adamw', found {config.optimizer!r}; leave one of them out"
+        )
+    if config.fused_optimizer and config.mixed_precision == "fp16":
+        raise ValueError(
+            "training.fused_optimizer hides which steps fp16's gradient scaler skips; leave it out, or use bf16"
         )
     if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer 'adamw_8bit' needs bitsandbytes; run `pip install 'diffalign[quantization]'`")
@@ -56,5 +60,5 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainingConfig,
         return AdamW8bit(parameters, **kwargs)
     fused = config.fused_optimizer
     if fused is None:
-        fused = parameters[0].device.type not in ("cpu", "meta")
+        fused = parameters[0].device.type not in ("cpu", "meta") and config.mixed_precision != "fp16"
     return torch.optim.AdamW(parameters, fused=fused or None, **kwargs)

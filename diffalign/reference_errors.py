@@ -16,6 +16,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.batches import PairBatch
+from diffalign.data.disk import locked
+from diffalign.helper_threads import helper_threads
 from diffalign.policy import Policy
 from diffalign.processes import Processes, launched
 from diffalign.resumable import claim_folder, write_atomically
@@ -103,14 +107,18 @@ class ReferenceErrors:
         refuse_sharded(self.policy.denoiser, "trainer.reference: each process computes the cached errors", "live")
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
-        share = processes.share(processes.on_first(self._missing))
-        total = sum(len(self._rows(number)) for number in share)
-        hidden = not processes.is_first or not total
-        with tqdm(total=total, desc=processes.label("reference"), unit="draw", disable=hidden) as bar:
-            for number in share:
-                self._write(number, measure, batch_size, bar)
-        processes.wait()
-        processes.on_first(self._put_together)
+        with ExitStack() as held:
+            if processes.is_first:  # another run may share these errors
+                held.enter_context(locked(self.folder))
+            share = processes.share(processes.on_first(self._missing))
+            total = sum(len(self._rows(number)) for number in share)
+            hidden = not processes.is_first or not total
+            reader = held.enter_context(helper_threads(1, "draws"))
+            with tqdm(total=total, desc=processes.label("reference"), unit="draw", disable=hidden) as bar:
+                for number in share:
+                    self._write(number, measure, batch_size, reader, bar)
+            processes.wait()
+            processes.on_first(self._put_together)
         self._table = np.load(self._path, mmap_mode="r")
         # Counted before the first step, done now, earlier, or by another run; later checkpoints know of them.
         self.policy.forwards = spent + (2 * self.count * self.draws // processes.count if step == 0 else 0)
@@ -141,14 +149,21 @@ class ReferenceErrors:
         claim_folder(self.folder, self.settings, made_here=(self._path.name,))
         return [] if self._path.is_file() else [n for n in self._numbers() if not self._part(n).is_file()]
 
-    def _write(self, number: int, measure: Measure, batch_size: int, bar: tqdm[Any]) -> None:
-        rows, found = self._rows(number), []
-        for start in range(0, len(rows), batch_size):
-            visits = [divmod(row, self.count) for row in rows[start : start + batch_size]]
-            batch = self.source.at([(row, draw) for draw, row in visits])
-            found.append(measure(batch).float().cpu().reshape(2, -1).T)
-            bar.update(len(visits))
-        errors = torch.cat(found)
+    def _write(
+        self, number: int, measure: Measure, batch_size: int, reader: ThreadPoolExecutor, bar: tqdm[Any]
+    ) -> None:
+        """One part, each batch read while the one before it is measured."""
+        rows = self._rows(number)
+        chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        found: list[Tensor] = []
+        following = reader.submit(self._read, chunks[0])
+        for place, chunk in enumerate(chunks, start=1):
+            batch = following.result()
+            if place < len(chunks):
+                following = reader.submit(self._read, chunks[place])
+            found.append(measure(batch).float().reshape(2, -1).T)
+            bar.update(len(chunk))
+        errors = torch.cat(found).cpu()
         bad = (~errors.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             pair = self.source.encoded.pair_id(rows[bad[0]] % self.count)
@@ -157,6 +172,11 @@ class ReferenceErrors:
                 "training.mixed_precision=no, or leave the pair out"
             )
         write_atomically(self._part(number), _to_npy(errors.numpy()))
+
+    def _read(self, rows: range) -> PairBatch:
+        """The pairs of some rows of the table, with their draws."""
+        visits = [divmod(row, self.count) for row in rows]
+        return self.source.at([(row, draw) for draw, row in visits])
 
     def _put_together(self) -> None:
         if not self._path.is_file():

@@ -86,7 +86,10 @@ def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
         }
         for key, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": entries})
+    # How a step is computed is this run's setting; the checkpoint's run, or machine, may have done it otherwise.
+    ways = [{name: group[name] for name in ("fused", "foreach") if name in group} for group in optimizer.param_groups]
+    groups = [{**group, **way} for group, way in zip(state["param_groups"], ways, strict=True)]
+    optimizer.load_state_dict({**state, "state": entries, "param_groups": groups})
 
 
 @contextmanager

@@ -27,6 +27,12 @@ def check_training(config: RunConfig, prediction: Prediction, law: str) -> None:
         ConfigError: With one line that says what was found and what to do.
     """
     check_tracker(config.training.report_to)
+    mode = config.model.torch_compile_mode
+    if mode in ("reduce-overhead", "max-autotune") and config.training.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            f"model.torch_compile_mode: {mode} records CUDA graphs, whose gradients the next micro-batch would "
+            "overwrite; set training.gradient_accumulation_steps to 1, or use max-autotune-no-cudagraphs"
+        )
     try:
         check_attention(config.model.attention)
         check_optimizer(config.training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffalign.devices import pick_device, resolve_device
+from diffalign.devices import pick_device, pinned, resolve_device
 
 
 def test_auto_is_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,3 +23,18 @@ def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve_device("auto") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert resolve_device("auto") == torch.device("cuda:1")
+
+
+def test_expanded_tensors_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA: `pin_memory` fills memory of the same strides, which overlap in an expanded tensor."""
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    row = torch.arange(3.0)[None].expand(4, 3)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pin_memory(row)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    assert torch.equal(pinned(row), row)
+    whole = torch.arange(6.0).reshape(2, 3)
+    assert pinned(whole).stride() == whole.stride()

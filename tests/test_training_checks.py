@@ -10,7 +10,9 @@ import pytest
 
 from diffalign import commands, configured
 from diffalign.attention import check_attention
-from diffalign.config import ConfigError
+from diffalign.config import ConfigError, load_config
+from diffalign.predictions import Prediction
+from diffalign.training_checks import check_training
 
 CONFIG = "configs/demo.yaml"
 
@@ -37,6 +39,11 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Any:
             ("tensorboard", "tensorboardX"),
             "'tensorboard' needs tensorboard; run `pip",
         ),
+        (
+            "training={fused_optimizer: true, mixed_precision: fp16}",
+            (),
+            "training.fused_optimizer hides which steps fp16's gradient scaler skips; leave it out, or use bf16",
+        ),
         ("training.report_to=wandb", ("wandb",), "'wandb' needs wandb; run `pip install 'diffalign\\[wandb\\]'`"),
         ("training.optimizer=adamw_8bit", ("bitsandbytes",), "needs bitsandbytes; run `pip install"),
         ("training={optimizer: adafactor, fused_optimizer: true}", (), "fused_optimizer is for optimizer 'adamw'"),
@@ -59,6 +66,15 @@ def test_a_run_is_refused_before_anything_loads(
         commands.train(CONFIG, [f"output_dir={tmp_path / 'run'}", override])
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_graphs_that_micro_batches_would_overwrite_are_refused() -> None:
+    words = ["model.torch_compile=true", "model.torch_compile_mode=reduce-overhead"]
+    twice = "training.gradient_accumulation_steps=2"
+    with pytest.raises(ConfigError, match="model.torch_compile_mode: reduce-overhead records CUDA graphs, whose grad"):
+        check_training(load_config(CONFIG, [*words, twice]), Prediction.EPSILON, "uniform")
+    check_training(load_config(CONFIG, words), Prediction.EPSILON, "uniform")
+    check_training(load_config(CONFIG, [words[0], twice]), Prediction.EPSILON, "uniform")
 
 
 def test_every_backend_that_diffusers_knows_passes() -> None:

@@ -10,15 +10,16 @@ import pytest
 from benchmarks import training_step
 
 PLAIN = {"pairs_per_second": 10.0, "seconds": 1.6, "split_seconds": dict.fromkeys(training_step.PARTS, 0.2)}
+PLAIN |= {"mfu": 0.1, "peak_gib": 1.5}
 WAY = {"pairs_per_second": 12.5, "ratio": 1.25, "middle_half": [1.2, 1.31], "predicted_ratio": 1.333}
-WAY["largest_loss_difference"] = 2e-6
+WAY |= {"largest_loss_difference": 2e-6, "ratio_of_sums": 1.24, "mfu": 0.125, "peak_gib": 1.25}
 MODE = {"plain": PLAIN, "ways": {"live": WAY}, "encoding_seconds": 3.0, "first_pass_seconds": [1.25], "pairs": 96}
 
 
 def test_the_table_says_what_the_record_does() -> None:
     lines = training_step.table({"modes": {"all weights": MODE}}).splitlines()
     assert lines[0].startswith("all weights; of a plain step: images 12%, text 12%, reference 12%")
-    assert lines[-3] == "| live | 12.5 | 1.25 | 1.20 to 1.31 | 1.33 | 2.0e-06 |"
+    assert lines[-3] == "| live | 12.5 | 1.25 | 1.20 to 1.31 | 1.24 | 1.33 | 94% | 12% | 1.2 | 2.0e-06 |"
     assert lines[-1] == "Encoding 96 pairs 3.0 s, their reference 1.2 s."
 
 

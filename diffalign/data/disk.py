@@ -40,13 +40,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Adds to an error of the disk what it means for the encoded cache and what to do."""
+    """Adds to an error of the disk what it means for a cache and what to do."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write the encoded cache ({error.strerror}); finished shards are kept: make room, or set "
+            f"cannot write the cache ({error.strerror}); finished files are kept: make room, or set "
             "data.encoded_dir to another disk, and run again",
             str(path),
         ) from error

@@ -353,7 +353,7 @@ def test_a_full_disk_keeps_the_finished_shards(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device.*finished shards are kept: make room") as raised:
+    with pytest.raises(OSError, match=r"No space left on device.*finished files are kept: make room") as raised:
         encode_pairs(pairs, encoder, CONFIG, tmp_path / "cut", shard_size=2)
     assert raised.value.errno == 28
     assert "\n" not in str(raised.value)

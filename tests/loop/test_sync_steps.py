@@ -18,7 +18,7 @@ from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder, load
 from diffalign.failures import NonFiniteLossError
 from diffalign.loop import fit
-from tests.loop.results import Changed, same, trained_file
+from tests.loop.results import Changed, column, same, trained_file
 
 TOGETHER = {"fused_optimizer": True, "sync_steps": 4}
 ON_THE_CPU = ("randomness.py", "schedules.py", "timesteps.py", "encoded.py", "source.py")
@@ -170,3 +170,31 @@ def test_a_bad_gradient_that_is_seen_late_never_reached_the_weights(start: Any) 
 def test_several_steps_at_once_need_an_optimizer_that_can_be_stopped(start: Any, optimizer: str) -> None:
     with pytest.raises(ValueError, match="sync_steps: 4 steps at once need training.fused_optimizer=true"):
         fit(*start(sync_steps=4, fused_optimizer=False, optimizer=optimizer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [(False, True), (True, False)], ids=["to fused", "from fused"])
+def test_a_resumed_run_computes_its_steps_as_it_was_told(start: Any, fused: tuple[bool, bool]) -> None:
+    before, after = fused
+    fit(*start(max_train_steps=4, checkpointing_steps=2, fused_optimizer=before))
+    settings = {"fused_optimizer": after, "sync_steps": 2 if after else 1, "resume_from_checkpoint": "checkpoint-2"}
+    trainer, source, config = start(max_train_steps=4, checkpointing_steps=2, **settings)
+    run = loop._Run(
+        trainer, source, config, {"training": config.model_dump(mode="json")}, loop.make_accelerator(config)
+    )
+    run.go(None)
+    assert [bool(group["fused"]) for group in run.optimizer.param_groups] == [after]
+    assert run.step == 4
+
+
+@pytest.mark.slow
+def test_finished_steps_are_logged_when_a_later_one_fails(start: Any) -> None:
+    def fail(step: int, micro: int, batch: PairBatch) -> PairBatch:
+        if step == 3:
+            raise OSError("the disk is gone")
+        return batch
+
+    trainer, source, config = start(max_train_steps=8, fused_optimizer=True, sync_steps=8)
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(trainer, Changed(source, fail), config)
+    assert column(config.output_dir, "step") == [1, 2, 3]

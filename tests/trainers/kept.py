@@ -42,7 +42,7 @@ class Sharing(Processes):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "lock"}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

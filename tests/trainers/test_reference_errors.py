@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +210,9 @@ def test_any_number_of_processes_writes_the_same_bytes(policy: Any, encoded: Enc
     alone, two = errors("alone"), errors("two")
     alone.fill(0, trainer._measure, 4)
     missing = two._missing()
-    for number in (*missing[1::2], *missing[::2]):
-        two._write(number, trainer._measure, 4, reference_errors.tqdm(disable=True))
+    with ThreadPoolExecutor(1) as reader:
+        for number in (*missing[1::2], *missing[::2]):
+            two._write(number, trainer._measure, 4, reader, reference_errors.tqdm(disable=True))
     two.fill(0, trainer._measure, 4, Sharing(1, 2))
     assert contents(two.folder) == contents(alone.folder)
 
@@ -257,6 +260,25 @@ def test_a_reference_that_is_not_asked_rests(
     assert moved[3:] == ["cuda"]
     DiffusionDPO(policy).update(3)
     assert moved[3:] == ["cuda"], "only a reference whose answers are cached rests"
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_measure_once(policy: Any, encoded: EncodedPairs, tmp_path: Path) -> None:
+    """Two runs that know nothing of each other, as trials of a search are: one measures, the other waits and reads."""
+    measured: list[int] = []
+
+    def measure(batch: PairBatch) -> torch.Tensor:
+        measured.append(len(batch))
+        time.sleep(0.01)
+        return torch.arange(2.0 * len(batch))
+
+    runs = [ReferenceErrors(source_of(encoded), policy, {}, tmp_path) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(run.fill, 0, measure, 2) for run in runs]:
+            done.result()
+    assert sum(measured) == 2 * COUNT
+    visits = [(row, 1) for row in range(COUNT)]
+    torch.testing.assert_close(runs[0].of(visits), runs[1].of(visits), rtol=0, atol=0)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
