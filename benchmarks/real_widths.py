@@ -162,7 +162,7 @@ def table(record: Mapping[str, Any]) -> str:
         numbers = [f"{rate:.3g}", ratio, f"{row['mfu']:.1%}", *(f"{one:.3g}" for one in row["goals"])]
         lines.append(f"| {name} | {' | '.join([*numbers, memory, *shares, gaps])} |")
     found = record["machine"]
-    where = f"{found['device']}, PyTorch {found['versions']['torch']}, commit {found['commit']}"
+    where = f"{found['device']}, PyTorch {found['versions']['torch']}, last written at commit {found['commit']}"
     return "\n".join([*lines, "", f"peak {record['peak_tflops']:.4g} TFLOP/s; {where}"])
 
 

@@ -18,7 +18,7 @@ SWITCHES = {
     "compile-blocks": "only of the blocks that it repeats",
     "cudagraphs": "compiled in the mode that records CUDA graphs",
     "channels_last": "the memory format that convolutions like",
-    "fused": "AdamW in one kernel",
+    "fused": "AdamW in one kernel, and losses read ten steps at once",
     "checkpointing": "activations of whole blocks are computed again",
     "selective": "cheap activations are computed again",
     "cudnn_benchmark": "cuDNN searches for the fastest convolution, which a loop of equal shapes pays once",
