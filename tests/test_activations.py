@@ -73,7 +73,7 @@ def test_predicted_bytes_are_those_of_a_real_run(
 
 
 def test_sums_hold_every_part_once() -> None:
-    plans = memory.PLANS[1:3]  # of one model with two optimizers
+    plans = [memory.Plan("sd15-512", "full", aim=16.0), memory.Plan("sd15-512", "full", "adamw_8bit", aim=16.0)]
     ways = {"all kept": Activations(1_000, 0, 30), "checkpointing": Activations(200, 50, 30)}
     records = [memory.predict(SD15, plan, ways) for plan in plans]
     parameters = records[0]["held"]["trained weights"] // 4
@@ -84,10 +84,12 @@ def test_sums_hold_every_part_once() -> None:
         assert held["optimizer"] == 8 * parameters if each == 8 else held["optimizer"] >= 2 * parameters
         rest = sum(held.values())
         assert record["together"] == {"all kept": rest + 1_030, "checkpointing": rest + 280}
+    resting = memory.predict(SD15, memory.Plan("sd15-512", "full", cached=True), ways)["held"]
+    assert resting == {**records[0]["held"], "reference copy": 0}
     lines = memory.table(records).splitlines()
     assert lines[2].startswith("| sd15-512 | full | adamw | 0.00 |")
     assert lines[2].endswith("| < 16 |")
-    assert "predicted, not measured" in lines[-2]
+    assert "predicted, not measured" in lines[-3]
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def test_the_ratio_is_to_the_plain_step_of_the_same_batch() -> None:
     assert lines[3].startswith("| sd15-512/full/16/cached | 3 | 2.00 | 40.0% | 3 | 3.75 | 11.5 |")
     assert lines[3].endswith("| 25% | 7% |")
     assert lines[4].startswith("| sd15-512/full/32/cached | 3 |  | 40.0% |")
-    assert lines[-1] == "peak 790 TFLOP/s; NVIDIA H200, PyTorch 2.11, commit abc"
+    assert lines[-1] == "peak 790 TFLOP/s; NVIDIA H200, PyTorch 2.11, last written at commit abc"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -61,7 +61,13 @@ class Comparison:
 
 
 class Comparisons(Protocol):
-    """Comparisons in a fixed order, whose pictures may be read or drawn when they are asked for."""
+    """Comparisons in a fixed order, whose pictures may be read or drawn when they are asked for.
+
+    Attributes:
+        buckets: None: reward models take pictures of any size in one batch. `PairSource` asks.
+    """
+
+    buckets: ClassVar[None]
 
     def __len__(self) -> int: ...
 
@@ -130,6 +136,8 @@ class ComparisonList:
         left_out: Why rows gave no comparison, with how many; "identical" and "unreadable" are added by
             `reward_models.comparison_checks`.
     """
+
+    buckets: ClassVar[None] = None
 
     def __init__(self, items: Sequence[Comparison], name: str, left_out: Mapping[str, int] | None = None) -> None:
         refuse_duplicates([item.pair_id for item in items], name)

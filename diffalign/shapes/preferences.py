@@ -7,6 +7,8 @@ finds exactly one right.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,6 +37,8 @@ class DrawnComparisons:
         seed: Of all drawings.
         poor_share: How many of the better pictures are badly drawn all the same.
     """
+
+    buckets: ClassVar[None] = None
 
     def __init__(self, count: int, seed: int, poor_share: float = 0.0) -> None:
         self._count, self._seed, self._poor_share = count, seed, poor_share
