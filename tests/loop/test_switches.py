@@ -79,6 +79,8 @@ def test_no_switch_changes_what_is_learnt(
     plain = losses(tiny_pipeline, encoded, tmp_path / "plain", lora, {})
     assert plain[0][0] != plain[0][2], "the steps moved the model"
     for name, switch in SWITCHES.items():
+        if not lora and "torch_compile" in switch.get("model", {}):
+            continue  # seconds of capturing, of the same blocks
         found = losses(tiny_pipeline, encoded, tmp_path / name.replace(" ", "_"), lora, switch)
         if switch.get("exact"):
             assert found == plain, name
