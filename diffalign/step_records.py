@@ -67,7 +67,8 @@ class StepRecord:
         """Means over the micro-batches and the norm, by name, on the device; with `own`, numbers of this process."""
         found: dict[str, Tensor] = {}
         for names, sums in self._sums.items():
-            found |= dict(zip(names, (sums / len(self.micro_batches)).unbind(), strict=True))
+            for name, value in zip(names, (sums / len(self.micro_batches)).unbind(), strict=True):
+                found[name] = found[name] + value if name in found else value
         found["grad_norm"] = _wide(self.norm)
         if own:
             numbers = torch.tensor(list(own.values()), dtype=found["grad_norm"].dtype).to(self.norm.device)
