@@ -35,9 +35,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from benchmarks.records import publish
 from diffalign.data import EncodedPairs, PairSource, ReadReport
 from diffalign.data.index import MANIFEST, shard_path, text_path, write_index
-from diffalign.resumable import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = (100, 1_000, 10_000, 100_000, 1_000_000)
@@ -193,9 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("memory is read from /proc, which only Linux has")
     with tempfile.TemporaryDirectory() as folder:
         record = run(options, Path(folder))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(record)}\n\nrecord: {options.output}\n")
+    publish(record, table(record), options.output)
     return 0
 
 

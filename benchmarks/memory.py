@@ -10,7 +10,6 @@ slack come on top.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from torch import Tensor
 from benchmarks.activations import Activations, count
 from benchmarks.architectures import PUBLISHED, TINY, Architecture, build
 from benchmarks.machine import machine
+from benchmarks.records import publish
 from diffalign.checkpointing import Recompute
 from diffalign.config import TrainingConfig
 from diffalign.estimate import optimizer_bytes
-from diffalign.resumable import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GB = 10**9
@@ -164,9 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             counted[key] = activations(architecture, plan.mode)
         records.append(predict(architecture, plan, counted[key]))
     record = {"machine": machine("cpu"), "plans": records}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(records)}\n\nrecord: {options.output}\n")
+    publish(record, table(records), options.output)
     return 0
 
 

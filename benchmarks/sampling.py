@@ -17,7 +17,6 @@ the pipeline draws of the same batch. A rollout has a sampler of its own, so its
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,11 +29,11 @@ from torch import Tensor
 
 import diffalign as da
 from benchmarks.machine import machine
+from benchmarks.records import publish
 from benchmarks.training_step import MODEL, RESULTS
 from diffalign.backbones.deep_cache import DeepCache
 from diffalign.devices import pick_device
 from diffalign.prompts import read_prompts
-from diffalign.resumable import write_atomically
 from diffalign.rollouts import StochasticSampler
 
 BASELINES = ("one by one", "pipeline")
@@ -158,9 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = measure(ways(options.steps, options.guidance_scale, options.compile), prompts)
     settings = {name: getattr(options, name) for name in ("batch_size", "steps", "guidance_scale", "rounds", "compile")}
     record = {"machine": machine(pick_device()), "settings": settings, "ways": found}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(record)}\n\nrecord: {options.output}\n")
+    publish(record, table(record), options.output)
     return 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from diffalign.resumable import write_atomically
+from benchmarks.records import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("libraries", "model and data", "loop", "first step")
@@ -137,9 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.machine import machine
 
     record = {"machine": machine(), "settings": {"rounds": rounds}, "commands": found}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(record)}\n\nrecord: {options.output}\n")
+    publish(record, table(record), options.output)
     return 0
 
 

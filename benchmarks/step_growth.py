@@ -25,6 +25,7 @@ import torch
 
 import diffalign as da
 from benchmarks.machine import machine
+from benchmarks.records import publish
 from benchmarks.steps import measure
 from diffalign.resumable import read_object, write_atomically
 
@@ -126,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     passed = ["--quick"] if options.quick else [f"--{name}={value}" for name, value in settings.items()]
     rows = [row for count in options.processes for row in (run(options) if count == 1 else launch(count, passed))]
     record = {"machine": machine(), "settings": settings, "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(record)}\n\nrecord: {options.output}\n")
+    publish(record, table(record), options.output)
     return 0
 
 

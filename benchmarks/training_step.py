@@ -39,9 +39,9 @@ import diffalign as da
 from benchmarks.accounting import measure_peak, share, units
 from benchmarks.machine import machine
 from benchmarks.plain_step import PARTS, PlainStep
+from benchmarks.records import publish
 from benchmarks.turns import Job, Stopwatch, Turn, take_turns
 from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, load_pairs
-from diffalign.resumable import write_atomically
 from diffalign.shapes.scene_pairs import write_scene_pairs
 from diffalign.trainers import DiffusionDPO
 
@@ -323,9 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
             modes[mode] = measure(scene, options, lora=MODES[mode])
     settings = {name: getattr(options, name) for name in ("warmup", "rounds", "batch_size")}
     record = {"machine": machine(), "settings": settings, "modes": modes}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    sys.stdout.write(f"{table(record)}\n\nrecord: {options.output}\n")
+    publish(record, table(record), options.output)
     return 0
 
 

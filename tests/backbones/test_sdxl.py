@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.architectures import SDXL_UNET
 from diffalign.backbones import load_policy
 from diffalign.batches import Conditioning
 from diffalign.timesteps import TURBO_TIMESTEPS
@@ -194,19 +195,7 @@ def test_the_refiner_starts_from_images(refiner: Any) -> None:
             refiner.refine(images, ["a", "a"], [0, 1], strength=strength, num_inference_steps=steps)
 
 
-BASE_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+BASE_UNET = SDXL_UNET
 """The published configuration of SDXL base 1.0; Turbo's differs in `sample_size`: 64."""
 REFINER_UNET: dict[str, Any] = BASE_UNET | {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

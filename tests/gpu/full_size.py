@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.architectures import SD15_UNET, SD35_MEDIUM
 from diffalign.backbones import LoRA, inspect_model, load_policy
 from diffalign.backbones.loading import policy_class
 from tests.backbones.families import FAMILIES
@@ -23,29 +24,6 @@ from tests.backbones.test_sdxl import BASE_UNET, REFINER_UNET
 from tests.backbones.test_wan import PUBLISHED as WAN
 
 BY_NAME = {family.name: family for family in FAMILIES}
-SD15_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SD35_MEDIUM: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 SANA_1600M: dict[str, Any] = {
     "in_channels": 32,
     "out_channels": 32,
