@@ -6,18 +6,16 @@ configuration was read, so that a mistake in it is told at once.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import click
 
 from diffalign import __version__
 from diffalign.click_classes import SeveralNames, UserErrors, process_prefix
+from diffalign.command_bodies import heavy, light
 from diffalign.processes import is_first, leave
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -50,7 +48,7 @@ def demo(output: str, seeds: str, quick: bool) -> None:
     parts = [part.strip() for part in seeds.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"--seeds: expected whole numbers like 0,1,2, found {seeds!r}")
-    _commands()
+    heavy()
     from diffalign import demo as body
 
     body.run(output, [int(part) for part in parts], quick)
@@ -99,7 +97,7 @@ def sample(
         raise ValueError("--height and --width go together; give both or neither")
     size = (height, width) if height is not None and width is not None else None
     sampling["reward_weights"] = _weights(reward_weights)
-    _print(_commands().sample(model, prompts, output, adapter, limit, sampling, size, num_frames))
+    _print(heavy().sample(model, prompts, output, adapter, limit, sampling, size, num_frames))
 
 
 @cli.command()
@@ -107,7 +105,7 @@ def sample(
 @OVERRIDES
 def pairs(config: str, overrides: tuple[str, ...]) -> None:
     """Make preference pairs with the model of CONFIG: sample, score, keep best against worst."""
-    _print(_commands(config, overrides).pairs(config, overrides))
+    _print(heavy(config, overrides).pairs(config, overrides))
 
 
 @cli.command()
@@ -115,7 +113,7 @@ def pairs(config: str, overrides: tuple[str, ...]) -> None:
 @OVERRIDES
 def rollout(config: str, overrides: tuple[str, ...]) -> None:
     """Draw the images that people label next, with the weights the run of CONFIG has now. Goes on where it stopped."""
-    _print(_commands(config, overrides).rollout(config, overrides))
+    _print(heavy(config, overrides).rollout(config, overrides))
 
 
 @cli.command(cls=SeveralNames)
@@ -146,7 +144,7 @@ def score(source: str, rewards: tuple[str, ...], output: str | None, **options: 
     INPUT is a folder (the prompt of a.png in a.txt, or a metadata.jsonl or .csv as imagefolder reads it), a JSONL with
     id, prompt and image, or a parquet file with paths or bytes.
     """
-    _print(_light().score(source, rewards, output, **options))
+    _print(light().score(source, rewards, output, **options))
 
 
 @cli.command("evaluate-reward")
@@ -172,14 +170,14 @@ def evaluate_reward(rewards: tuple[str, ...], benchmark: str, output: str, **opt
     FILE is JSONL, JSON, CSV or parquet with prompt, media_a, media_b and label (a, b, tie) or p_a, or with the columns
     of Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB or VideoGen-RewardBench.
     """
-    _print(_light().evaluate_reward(rewards, benchmark, output, **options))
+    _print(light().evaluate_reward(rewards, benchmark, output, **options))
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Everything that is known, for programs.")
 def rewards(as_json: bool) -> None:
     """List the reward models: kind, dimensions, licence, weights, memory, differentiable or not."""
-    click.echo(_light().rewards(as_json))
+    click.echo(light().rewards(as_json))
 
 
 @cli.command("serve-reward")
@@ -194,7 +192,7 @@ def rewards(as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 def serve_reward(rewards: tuple[str, ...], **options: Any) -> None:
     """Score what other machines send over HTTP; their side is the reward model `remote`."""
-    _light().serve_reward(rewards, **options)
+    light().serve_reward(rewards, **options)
 
 
 @cli.command()
@@ -206,7 +204,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
     With several processes: accelerate launch --config_file configs/accelerate/ddp.yaml -m diffalign train CONFIG
     """
-    _print(_commands(config, overrides).train(config, overrides, dry_run))
+    _print(heavy(config, overrides).train(config, overrides, dry_run))
 
 
 @cli.command("train-reward")
@@ -218,7 +216,7 @@ def train_reward(config: str, overrides: tuple[str, ...]) -> None:
     kind: scorer trains PickScore, HPSv2, ImageReward, MPS, HPSv3, PAL or the embedded CLIP on comparisons, checklist
     fits VisionReward's weights, noisy_latent makes one for `sample --reward-guidance`.
     """
-    _print(_commands().train_reward(config, overrides))
+    _print(heavy().train_reward(config, overrides))
 
 
 @cli.command(cls=SeveralNames)
@@ -273,13 +271,13 @@ def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...
             raise ValueError(
                 f"evaluate takes a CONFIG, or a MODEL with --benchmark NAME; found {found} and no --benchmark"
             )
-        _print(_commands(target, overrides).evaluate(target, overrides))
+        _print(heavy(target, overrides).evaluate(target, overrides))
         return
     if is_config:
         raise ValueError(f"--benchmark judges a MODEL (folder, Hub id or diffalign://...), found the config {target!r}")
     if overrides:
         raise ValueError(f"{overrides[0]!r}: only a CONFIG takes overrides; a benchmark's are --option NAME.KEY=VALUE")
-    _commands()
+    heavy()
     from diffalign.benchmarking import evaluate_benchmarks
 
     _print(evaluate_benchmarks(target, benchmarks, **options))
@@ -300,7 +298,7 @@ def evaluate(target: str, overrides: tuple[str, ...], benchmarks: tuple[str, ...
 @click.option("--cmmd-weights", default=None, help="Folder or Hub id of CLIP ViT-L/14 at 336 pixels.")
 def evaluate_images(folder: str, against: str, metrics: tuple[str, ...], **options: Any) -> None:
     """Measure how far the pictures of FOLDER are from reference pictures: FID, CMMD."""
-    _commands()
+    heavy()
     from diffalign.benchmarking import evaluate_images as body
 
     click.echo(body(folder, against, metrics, **options))
@@ -327,7 +325,7 @@ def report(runs: tuple[str, ...], **options: Any) -> None:
 
     RUN is the output_dir of a training run, or the --output of an evaluation.
     """
-    click.echo(_light().report(runs, **options))
+    click.echo(light().report(runs, **options))
 
 
 @cli.command()
@@ -374,7 +372,7 @@ def push(run_dir: str, repo_id: str, private: bool, license: str | None) -> None
 @click.option("--output", default=".", help="Folder whose disk is looked at.")
 def doctor(output: str) -> None:
     """Print versions, devices, attention backends, disk, and what is missing for which feature."""
-    click.echo(_light().doctor(output))
+    click.echo(light().doctor(output))
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -391,38 +389,6 @@ def _print(result: str) -> None:
     if is_first():
         click.echo(result)
     leave()
-
-
-def _light() -> ModuleType:
-    """The bodies of commands that load no diffusion model."""
-    return importlib.import_module("diffalign.light_commands")
-
-
-def _commands(config: str | None = None, overrides: tuple[str, ...] = ()) -> ModuleType:
-    """The heavy half, with the libraries' own bars and hints switched off.
-
-    Args:
-        config: A run's configuration that the command will read: a mistake in it is told before seconds of importing.
-        overrides: Of it.
-    """
-    if config is not None:
-        from diffalign.config import load_config
-
-        load_config(config, overrides)
-    looks_for_garbage = gc.isenabled()
-    gc.disable()  # nothing of what is imported is garbage, and looking for it takes a tenth of the time
-    try:
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
-        commands = importlib.import_module("diffalign.commands")
-    finally:
-        if looks_for_garbage:
-            gc.enable()
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    return commands
 
 
 def main(arguments: list[str] | None = None) -> None:
