@@ -256,8 +256,6 @@ _WAN_TINY = {
     "ffn_dim": 32,
     "num_layers": 2,
 }
-TINY = {**VAE, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-_ONE = {"lora": 1, "full": 1}
 TINY = {
     SD15.name: replace(
         SD15,
