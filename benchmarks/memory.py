@@ -22,12 +22,11 @@ from torch import Tensor
 from benchmarks.activations import Activations, count
 from benchmarks.architectures import PUBLISHED, TINY, Architecture, build
 from benchmarks.machine import machine
-from benchmarks.records import publish
+from benchmarks.records import RESULTS, publish
 from diffalign.checkpointing import Recompute
 from diffalign.config import TrainingConfig
 from diffalign.estimate import optimizer_bytes
 
-RESULTS = Path(__file__).resolve().parent / "results"
 GB = 10**9
 PAIR = 2
 """Samples of a batch."""

@@ -10,7 +10,10 @@ from typing import Any
 
 from diffalign.resumable import write_atomically
 
-__all__ = ["publish"]
+__all__ = ["RESULTS", "publish"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+"""Where records lie unless another place is named."""
 
 
 def publish(record: Mapping[str, Any], table: str, path: Path) -> None:

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 import diffalign as da
+from benchmarks.embedded import SHAPES
 from benchmarks.machine import machine
-from benchmarks.records import publish
-from benchmarks.training_step import MODEL, RESULTS
+from benchmarks.records import RESULTS, publish
 from diffalign.backbones.deep_cache import DeepCache
 from diffalign.devices import pick_device
 from diffalign.prompts import read_prompts
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _load() -> Any:
-    return da.load_policy(MODEL, lora=da.LoRA(rank=8), train=True, device=pick_device())
+    return da.load_policy(SHAPES, lora=da.LoRA(rank=8), train=True, device=pick_device())
 
 
 if __name__ == "__main__":

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 
 import diffalign as da
+from benchmarks.embedded import SHAPES
 from benchmarks.machine import machine
-from benchmarks.records import publish
+from benchmarks.records import RESULTS, publish
 from benchmarks.steps import measure
 from diffalign.resumable import read_object, write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MODEL = "diffalign://shapes"
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIDES = (8, 16, 32)
 """Of latents."""
@@ -45,7 +44,7 @@ def points(batches: tuple[int, ...], sides: tuple[int, ...]) -> list[tuple[int, 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures all points with the processes that were started; every process calls it."""
-    policy: Any = da.load_policy(MODEL, lora=da.LoRA(rank=8), train=True)
+    policy: Any = da.load_policy(SHAPES, lora=da.LoRA(rank=8), train=True)
     embedded = dict(policy.encode_prompts(["a red circle"]).tensors)
     policy.free_encoders()
     found: dict[tuple[int, int], list[float]] = {}

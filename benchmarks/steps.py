@@ -82,6 +82,9 @@ class Timeline:
 
     Events are put into the accelerator's queue and read when all is over, so that nothing waits for anything because
     it is watched. On a CPU the clock is the machine's.
+
+    Attributes:
+        optimized: When the last optimizer step ended, None before the first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,6 +92,7 @@ class Timeline:
         self.starts: list[Any] = []
         self.watched = ExitStack()
         self.parts: list[list[tuple[str, Any, Any]]] = []
+        self.optimized: Any = None
 
     def mark(self) -> Any:
         """This moment."""
@@ -151,6 +155,36 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@contextmanager
+def watching(timeline: Timeline, trainer: Any, accelerator: Any) -> Iterator[None]:
+    """While the block calls `fit`, the parts of every step that the timeline begins are put on it."""
+    watched = (
+        (trainer, "noised", "noise"),
+        (trainer.reference, "predict", "reference"),
+        (trainer.policy, "predict", "policy"),
+        (accelerator, "backward", "backward"),
+        (accelerator, "clip_grad_norm_", "optimizer"),
+    )
+    for owner, method, part in watched:
+        timeline.watch(owner, method, part)
+    starts: list[Any] = []
+
+    def before(*_: Any) -> None:
+        starts.append(timeline.mark())
+
+    def after(*_: Any) -> None:
+        timeline.optimized = timeline.mark()
+        timeline.add("optimizer", starts.pop(), timeline.optimized)
+
+    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    try:
+        yield
+    finally:
+        timeline.watched.close()
+        for hook in hooks:
+            hook.remove()
+
+
 class Watch:
     """Stands between `fit` and a trainer: times the parts of steps, profiles the last ones, and then ends the run.
 
@@ -187,33 +221,17 @@ class Watch:
         self.profile: Profile | None = None
         self.losses: list[Tensor] = []
         self._clock: list[float] = []
-        self._between: Any = None
         self._begin, self._loss = trainer.begin, trainer.loss
         trainer.begin, trainer.loss = self._on_begin, self._on_loss
 
     @contextmanager
     def over(self, accelerator: Any) -> Iterator[None]:
         """The block calls `fit` with this accelerator; it ends when all steps are done."""
-        self.timeline.watch(accelerator, "backward", "backward")
-        self.timeline.watch(accelerator, "clip_grad_norm_", "optimizer")
-        starts: list[Any] = []
-
-        def before(*_: Any) -> None:
-            starts.append(self.timeline.mark())
-
-        def after(*_: Any) -> None:
-            self._between = self.timeline.mark()
-            self.timeline.add("optimizer", starts.pop(), self._between)
-
-        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
         try:
-            yield
+            with watching(self.timeline, self.trainer, accelerator):
+                yield
         except Enough:
             pass
-        finally:
-            self.timeline.watched.close()
-            for hook in hooks:
-                hook.remove()
 
     def _on_begin(self, step: int, folder: Path) -> None:
         """After the loop has wrapped the denoiser, before the first batch."""
@@ -221,9 +239,6 @@ class Watch:
         if self.cached:
             self.pairs.ask(self.trainer)
             self.trainer.policy.rest_reference()
-        self.timeline.watch(self.trainer, "noised", "noise")
-        self.timeline.watch(self.trainer.reference, "predict", "reference")
-        self.timeline.watch(self.trainer.policy, "predict", "policy")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -234,8 +249,8 @@ class Watch:
         if counted >= 0 and step <= self.timed and counted % self.steps == 0:
             synchronise(self.device)
             self._clock.append(time.perf_counter())
-        if self._between is not None:
-            self.timeline.add("data", self._between, self.timeline.mark())  # of the step that ends now
+        if self.timeline.optimized is not None:  # of the step that ends now
+            self.timeline.add("data", self.timeline.optimized, self.timeline.mark())
         self.timeline.begin_step()
         if step >= self.timed:
             self._profile(step - self.timed)

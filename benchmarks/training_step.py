@@ -1,21 +1,25 @@
-"""Pairs per second of a Diffusion-DPO step: `python -m benchmarks.training_step`, which `make bench` calls.
+"""Pairs per second of the embedded models' steps: `python -m benchmarks.training_step`, which `make bench` calls.
 
-Several ways to train the embedded model on the same pairs with the same random numbers. Each has a process of its own,
-and they take turns step by step:
+Several ways to train a model on the same pairs with the same random numbers: Diffusion-DPO on the UNet and on the video
+transformer, Flow-DPO on the flow transformer. Each way has a process of its own, and they take turns step by step:
 
 - `plain`: pictures and prompts encoded at every step, as public scripts do (`benchmarks/plain_step.py`)
 - `live`: `diffalign.fit` on the encoded cache, the reference asked at every step
 - `cached`: the same with `trainer.reference: cached`; the first pass over all draws is timed apart
+- `cached+...`: with further switches, see `benchmarks/ways.py`; on a CPU compiled by inductor
 
-Then `cached` with further switches; "fused" also reads losses ten steps at once. For each: pairs per second; the ratio
-to `plain`, step against the step beside it, the median over all rounds with the middle half of them, and that of all
-steps together; the ratio that the time split of `plain` predicts (its step without the parts that the way leaves out),
-and how much of it was reached; useful work over what the CPU does in a large matrix product (MFU); the process's
-largest memory; and the largest difference of the losses from those of `plain`. A step is all that happens from one
-batch to the next, reading and logging included.
+For each: pairs per second; the ratio to `plain`, step against the step beside it, the median over all rounds with the
+middle half of them, and that of all steps together; the ratio that the time split of `plain` predicts (its step without
+the parts that the way leaves out), and how much of it was reached; useful work over what the CPU does in a large matrix
+product (MFU); the process's largest memory; the largest difference of the losses from those of `plain`. Then how the
+milliseconds of a step split, medians; "rest" is everything between these parts, logging and Python's own time
+included. A step is all that happens from one batch to the next.
 
-    python -m benchmarks.training_step                 all weights and adapters, some minutes on two cores
-    python -m benchmarks.training_step --quick         two steps of adapters, one way after another, to try the script
+    python -m benchmarks.training_step                  three models, all weights and adapters
+    python -m benchmarks.training_step --models unet    one of them
+    python -m benchmarks.training_step --quick          two steps of adapters each, to try the script
+
+All together take half an hour on two cores; killed on the way, it goes on behind the last mode that was finished.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,108 +42,72 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffalign as da
+from benchmarks import plain_step, steps
 from benchmarks.accounting import measure_peak, share, units
+from benchmarks.embedded import LR, MODELS, SEED, Model, Scene
 from benchmarks.machine import machine
-from benchmarks.plain_step import PARTS, PlainStep
-from benchmarks.records import publish
+from benchmarks.records import RESULTS, publish
+from benchmarks.steps import Timeline, split_of, watching
 from benchmarks.turns import Job, Stopwatch, Turn, take_turns
-from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, load_pairs
-from diffalign.shapes.scene_pairs import write_scene_pairs
-from diffalign.trainers import DiffusionDPO
+from benchmarks.ways import PLAIN, Way
+from diffalign.loop import make_accelerator
+from diffalign.resumable import read_object, write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MODEL = "diffalign://shapes"
-SEED, BETA, LR = 0, 2000.0, 1e-5
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a step is made.
-
-    Attributes:
-        reference: "live" or "cached".
-        training: Further settings of the loop.
-        channels_last: Weights in the order that convolutions like.
-        compiled: `torch.compile` of the denoiser.
-    """
-
-    reference: str = "live"
-    training: dict[str, Any] = field(default_factory=dict)
-    channels_last: bool = False
-    compiled: bool = False
-
-    @property
-    def leaves_out(self) -> tuple[str, ...]:
-        """Parts of the plain step that it does without."""
-        return ("images", "text", "reference") if self.reference == "cached" else ("images", "text")
-
-
-FUSED = {"fused_optimizer": True, "sync_steps": 10}
-WAYS = {
-    "live": Way(),
-    "cached": Way("cached"),
-    "cached, fused": Way("cached", FUSED),
-    "cached, channels_last": Way("cached", channels_last=True),
-    "cached, both": Way("cached", FUSED, channels_last=True),
-}
-COMPILED = {
-    "cached, compiled": Way("cached", compiled=True),
-    "cached, all three": Way("cached", FUSED, channels_last=True, compiled=True),
-}
-COLUMNS = ("way", "pairs/s", "times plain", "middle half", "all steps", "predicted", "of it", "MFU", "GiB")
-COLUMNS += ("loss difference",)
 MODES = {"all weights": False, "LoRA, rank 8": True}
 """Name -> whether adapters are trained."""
+WAYS = ("live", "cached", "cached+fused", "cached+channels_last", "cached+channels_last+fused")
+COMPILED = ("cached+compile", "cached+compile+channels_last+fused")
+COLUMNS = ("way", "pairs/s", "times plain", "middle half", "all steps", "predicted", "of it", "MFU", "GiB")
+COLUMNS += ("loss difference",)
+PARTS = tuple(dict.fromkeys((*plain_step.PARTS[:2], *steps.PARTS, "rest")))
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Pairs on disk, how many make a step, and what is trained on them.
+class Settings:
+    """How long it is measured.
 
     Attributes:
-        folder: With the pairs in `pairs/` and everything else beside it.
-        lora: Adapters, or all weights.
-        batch_size: Pairs of a step.
-        steps: Steps that are begun; the last one is not timed.
+        rounds: Timed steps of each way.
+        warmup: First steps that do not count.
+        pairs: On the disk.
+        batch_size: Pairs of a step; None takes each model's own.
+        quick: One way after another, in this process.
     """
 
-    folder: Path
-    lora: bool
-    batch_size: int
-    steps: int
+    rounds: int
+    warmup: int
+    pairs: int
+    batch_size: int | None
+    quick: bool
 
     @property
-    def pairs(self) -> Path:
-        """The pictures and their index."""
-        return self.folder / "pairs"
+    def counted(self) -> slice:
+        """The steps that count."""
+        return slice(self.warmup, self.warmup + self.rounds)
 
-    def rows(self) -> list[dict[str, str]]:
-        """The index."""
-        return [json.loads(line) for line in (self.pairs / "index.jsonl").read_text(encoding="utf-8").splitlines()]
 
-    def policy(self) -> Any:
-        """The model as training begins."""
-        return da.load_policy(MODEL, lora=da.LoRA(rank=8) if self.lora else None, train=True)
+def ways_for(model: Model, names: Sequence[str]) -> dict[str, Way]:
+    """Those ways that a model can go, by name, without what only helps convolutions where it has none."""
+    found = [Way.parse(name).fit_for(model.is_unet) for name in names]
+    return {str(way): way for way in found}
 
-    def encoded(self) -> EncodedPairs:
-        """The cache, made when it is first asked for."""
-        config = DataConfig(train_data_dir=self.pairs)
-        return encode_pairs(load_pairs(config), self.policy(), config, self.folder / "cache")
 
-    def source(self, *, prefetch: bool = True) -> PairSource:
-        """Each pair with the same draw at every visit."""
-        return PairSource(self.encoded(), seed=SEED, batch_size=self.batch_size, draws_per_pair=1, prefetch=prefetch)
+def leaves_out(way: Way) -> tuple[str, ...]:
+    """Parts of the plain step that a way does without."""
+    return ("images", "text", "reference") if way.start == "cached" else ("images", "text")
 
 
 class _InTurn:
-    """A source that waits for its turn before every step."""
+    """A source that waits for its turn before every step, which begins then."""
 
-    def __init__(self, source: Any, turn: Turn) -> None:
-        self.source, self.turn = source, turn
+    def __init__(self, source: Any, turn: Turn, timeline: Timeline) -> None:
+        self.source, self.turn, self.timeline = source, turn, timeline
 
     def batch(self, step: int, micro_step: int) -> Any:
         self.turn.next()
-        return self.source.batch(step, micro_step)
+        self.timeline.begin_step()
+        with self.timeline.part("data"):
+            return self.source.batch(step, micro_step)
 
     def update(self, step: int) -> None:
         self.source.update(step)
@@ -145,7 +115,7 @@ class _InTurn:
 
 def run_plain(turn: Turn, scene: Scene) -> dict[str, Any]:
     """Losses of every step, and how its seconds split."""
-    step = PlainStep(scene.policy(), scene.source(prefetch=False), scene.pairs, scene.rows(), BETA, LR)
+    step = scene.plain_step()
     for number in range(scene.steps):
         turn.next()
         step(number)
@@ -153,89 +123,101 @@ def run_plain(turn: Turn, scene: Scene) -> dict[str, Any]:
 
 
 def run_way(turn: Turn, scene: Scene, way: Way) -> dict[str, Any]:
-    """Losses of every step, and the seconds of the pass over the reference if this way made it."""
+    """Losses of every step, how its seconds split, and those of the pass over the reference if this way made it."""
     policy = scene.policy()
     source = scene.source()
     policy.free_encoders()
-    if way.channels_last:
-        policy.to_channels_last()
-    if way.compiled:
-        policy.compile()
-    trainer = DiffusionDPO(
-        policy, beta=BETA, caption_dropout=0.0, reference=way.reference, draws_per_pair=1, reference_batch_size=8
-    )
-    batches = trainer.source(source, SEED)
-    first_pass: list[float] = []
-    if trainer.cached is not None and not trainer.cached.folder.exists():
-        started = time.perf_counter()
-        trainer.begin(0, scene.folder)
-        first_pass.append(time.perf_counter() - started)
-    with tempfile.TemporaryDirectory(dir=scene.folder) as output:
-        settings = {
-            "output_dir": output,
-            "max_train_steps": scene.steps,
-            "per_device_train_batch_size": scene.batch_size,
-            "learning_rate": LR,
-            "lr_scheduler": "constant",
-            "checkpointing_steps": scene.steps,
-            **way.training,
-        }
-        da.fit(trainer, _InTurn(batches, turn), da.TrainingConfig(**settings))
+    with way.on(policy, "inductor") as switched, tempfile.TemporaryDirectory(dir=scene.folder) as output:
+        trainer = scene.trainer(policy, way.start)
+        batches = trainer.source(source, SEED)
+        first_pass: list[float] = []
+        if trainer.cached is not None and not trainer.cached.folder.exists():
+            started = time.perf_counter()
+            trainer.begin(0, scene.folder)
+            first_pass.append(time.perf_counter() - started)
+        config = da.TrainingConfig(
+            output_dir=output,
+            max_train_steps=scene.steps,
+            per_device_train_batch_size=scene.batch_size,
+            learning_rate=LR,
+            lr_scheduler="constant",
+            checkpointing_steps=scene.steps,
+            **switched,
+        )
+        accelerator, timeline = make_accelerator(config), Timeline(policy.device)
+        with watching(timeline, trainer, accelerator):
+            da.fit(trainer, _InTurn(batches, turn, timeline), config, accelerator=accelerator)
         lines = (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "train/loss" in row]
-    return {"losses": [row["train/loss"] for row in rows], "first_pass": first_pass, "peak_gib": _peak_gib()}
+    split = timeline.seconds()
+    return {
+        "losses": [row["train/loss"] for row in rows],
+        "split": split,
+        "first_pass": first_pass,
+        "peak_gib": _peak_gib(),
+    }
 
 
-def measure(folder: Path, options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
-    """All ways in turn, round after round."""
-    scene = Scene(folder, lora, options.batch_size, options.warmup + options.rounds + 1)
-    write_scene_pairs(scene.pairs, options.pairs, SEED)
+def measure(model: Model, folder: Path, names: Sequence[str], settings: Settings, *, lora: bool) -> dict[str, Any]:
+    """All ways of a model in turn, round after round."""
+    batch_size = settings.batch_size or model.batch_size
+    scene = Scene(model, folder, lora, batch_size, settings.warmup + settings.rounds + 1)
+    scene.write_pairs(settings.pairs)
     started = time.perf_counter()
     encoded = scene.encoded()
     encoding = time.perf_counter() - started
-    ways = {name: way for name, way in (WAYS | COMPILED).items() if name in options.ways}
-    jobs: dict[str, Job] = {"plain": (run_plain, (scene,))}
+    ways = ways_for(model, names)
+    jobs: dict[str, Job] = {PLAIN: (run_plain, (scene,))}
     jobs |= {name: (run_way, (scene, way)) for name, way in ways.items()}
-    found = _alone(jobs) if options.quick else take_turns(jobs, scene.steps - 1)
-    counted = slice(options.warmup, options.warmup + options.rounds)
-    seconds = {name: times[counted] for name, (times, _) in found.items()}
-    plain = found["plain"][1]
+    found = _alone(jobs) if settings.quick else take_turns(jobs, scene.steps - 1)
     tflop, peak = _forward_tflop(scene.policy()), measure_peak(torch.device("cpu"), side=1024)
-    split = {part: statistics.median(step[part] for step in plain["split"][counted]) for part in PARTS}
-    whole = statistics.median(seconds["plain"])
-    results = {}
-    for name, way in ways.items():
-        ratios = [one / other for one, other in zip(seconds["plain"], seconds[name], strict=True)]
-        losses = found[name][1]["losses"]
-        results[name] = {
-            "pairs_per_second": scene.batch_size / statistics.median(seconds[name]),
-            "ratio": statistics.median(ratios),
-            "middle_half": _middle_half(ratios),
-            "ratio_of_sums": sum(seconds["plain"]) / sum(seconds[name]),
-            "predicted_ratio": whole / (whole - sum(split[part] for part in way.leaves_out)),
-            "mfu": share(
-                scene.batch_size / statistics.median(seconds[name]),
-                units("lora" if lora else "full", cached=way.reference == "cached"),
-                tflop,
-                peak,
-            ),
-            "peak_gib": found[name][1]["peak_gib"],
-            "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, plain["losses"], strict=True)),
+    rows = {}
+    for name, (times, result) in found.items():
+        seconds = statistics.median(times[settings.counted])
+        split = [
+            one | {"step": whole} for one, whole in zip(result["split"], times, strict=False)
+        ]  # the steps by their turns; the one that is saved after the last has none
+        worth = units("lora" if lora else "full", cached=name.startswith("cached"))
+        rows[name] = {
+            "seconds": seconds,
+            "pairs_per_second": batch_size / seconds,
+            "split_seconds": split_of(split[settings.counted], PARTS[:-1]),
+            "mfu": share(batch_size / seconds, worth, tflop, peak),
+            "peak_gib": result["peak_gib"],
         }
+    plain = rows.pop(PLAIN)
+    for name, row in rows.items():
+        row |= _compared(plain, found[PLAIN], found[name], leaves_out(ways[name]), settings.counted)
     return {
-        "plain": {
-            "pairs_per_second": scene.batch_size / whole,
-            "split_seconds": split,
-            "seconds": whole,
-            "mfu": share(scene.batch_size / whole, units("lora" if lora else "full", cached=False), tflop, peak),
-            "peak_gib": plain["peak_gib"],
-        },
+        PLAIN: plain,
+        "ways": rows,
         "forward_tflop": tflop,
         "peak_tflops": peak,
-        "ways": results,
         "encoding_seconds": encoding,
         "first_pass_seconds": [s for name in ways for s in found[name][1]["first_pass"]],
         "pairs": len(encoded),
+        "batch_size": batch_size,
+    }
+
+
+def _compared(
+    plain: Mapping[str, Any],
+    one: tuple[list[float], Any],
+    other: tuple[list[float], Any],
+    missing: Sequence[str],
+    counted: slice,
+) -> dict[str, Any]:
+    """A way beside the plain step: times and results of both."""
+    times, theirs = one[0][counted], other[0][counted]
+    ratios = [a / b for a, b in zip(times, theirs, strict=True)]
+    saved = sum(plain["split_seconds"][part] for part in missing)
+    losses = zip(one[1]["losses"], other[1]["losses"], strict=True)
+    return {
+        "ratio": statistics.median(ratios),
+        "middle_half": _middle_half(ratios),
+        "ratio_of_sums": sum(times) / sum(theirs),
+        "predicted_ratio": plain["seconds"] / (plain["seconds"] - saved),
+        "largest_loss_difference": max(abs(a - b) for a, b in losses),
     }
 
 
@@ -269,62 +251,90 @@ def _middle_half(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def table(record: dict[str, Any]) -> str:
+def table(record: Mapping[str, Any]) -> str:
     """The record as Markdown."""
-    parts = []
-    for mode, found in record["modes"].items():
-        plain, split = found["plain"], found["plain"]["split_seconds"]
-        shares = ", ".join(f"{part} {split[part] / plain['seconds']:.0%}" for part in PARTS)
-        lines = [
-            f"{mode}; of a plain step: {shares}",
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
-            f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | | 1.00 | 1.00 | "
-            f"| {plain['mfu']:.0%} | {plain['peak_gib']:.1f} | 0 |",
-        ]
-        for name, way in found["ways"].items():
-            (low, high), reached = way["middle_half"], way["ratio"] / way["predicted_ratio"]
-            lines.append(
-                f"| {name} | {way['pairs_per_second']:.1f} | {way['ratio']:.2f} | {low:.2f} to {high:.2f} "
-                f"| {way['ratio_of_sums']:.2f} | {way['predicted_ratio']:.2f} | {reached:.0%} "
-                f"| {way['mfu']:.0%} | {way['peak_gib']:.1f} | {way['largest_loss_difference']:.1e} |"
-            )
-        once = found["first_pass_seconds"][0] if found["first_pass_seconds"] else 0.0
-        lines += [
-            "",
-            f"Encoding {found['pairs']} pairs {found['encoding_seconds']:.1f} s, their reference {once:.1f} s.",
-        ]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        _table_of(f"{name}, {mode}", found) for name, modes in record["models"].items() for mode, found in modes.items()
+    )
+
+
+def _table_of(title: str, found: Mapping[str, Any]) -> str:
+    plain, ways = found[PLAIN], found["ways"]
+    shares = ", ".join(f"{part} {plain['split_seconds'][part] / plain['seconds']:.0%}" for part in plain_step.PARTS)
+    lines = [
+        f"**{title}**, {found['batch_size']} pairs a step; of a plain step: {shares}",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
+        f"| plain | {plain['pairs_per_second']:.1f} | 1.00 | | 1.00 | 1.00 | "
+        f"| {plain['mfu']:.0%} | {plain['peak_gib']:.1f} | 0 |",
+    ]
+    for name, way in ways.items():
+        (low, high), reached = way["middle_half"], way["ratio"] / way["predicted_ratio"]
+        lines.append(
+            f"| {name} | {way['pairs_per_second']:.1f} | {way['ratio']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {way['ratio_of_sums']:.2f} | {way['predicted_ratio']:.2f} | {reached:.0%} "
+            f"| {way['mfu']:.0%} | {way['peak_gib']:.1f} | {way['largest_loss_difference']:.1e} |"
+        )
+    lines += ["", f"| milliseconds | {' | '.join(PARTS)} | step |", f"| --- |{' ---: |' * (len(PARTS) + 1)}"]
+    for name, row in {PLAIN: plain, **ways}.items():
+        split = row["split_seconds"]
+        cells = [f"{1000 * split[part]:.0f}" if split[part] else "" for part in PARTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {1000 * row['seconds']:.0f} |")
+    once = found["first_pass_seconds"][0] if found["first_pass_seconds"] else 0.0
+    lines += ["", f"Encoding {found['pairs']} pairs {found['encoding_seconds']:.1f} s, their reference {once:.1f} s."]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=24, help="timed steps of each way")
+    parser.add_argument("--rounds", type=int, default=16, help="timed steps of each way")
     parser.add_argument("--warmup", type=int, default=4, help="first steps that do not count")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="pairs of a step, in the place of each model's own")
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=tuple(MODES))
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS | COMPILED), help="all if left out")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="such as cached+fused, see benchmarks/ways.py")
     parser.add_argument("--quick", action="store_true", help="two steps of adapters alone, one way after another")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_step_cpu.json")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.warmup, options.batch_size, options.pairs = 1, 1, 2, 4
         options.modes = list(MODES)[-1:]
-    options.ways = options.ways or tuple(WAYS if options.quick else WAYS | COMPILED)
+    names = options.ways or (WAYS if options.quick else WAYS + COMPILED)
+    try:
+        for name in names:
+            if Way.parse(name).start == PLAIN:
+                raise ValueError(f"way {name!r}: the plain step is measured anyhow; leave it out")
+    except ValueError as error:
+        parser.error(str(error))
+    settings = Settings(options.rounds, options.warmup, options.pairs, options.batch_size, options.quick)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    modes = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for mode in options.modes:
-            scene = Path(folder) / mode.split(",")[0].replace(" ", "_")
-            modes[mode] = measure(scene, options, lora=MODES[mode])
-    settings = {name: getattr(options, name) for name in ("warmup", "rounds", "batch_size")}
-    record = {"machine": machine(), "settings": settings, "modes": modes}
+    record = run(options.models, options.modes, names, settings, options.output.with_suffix(".partial.json"))
     publish(record, table(record), options.output)
+    options.output.with_suffix(".partial.json").unlink()
     return 0
+
+
+def run(
+    models: Sequence[str], modes: Sequence[str], names: Sequence[str], settings: Settings, partial: Path
+) -> dict[str, Any]:
+    """The record; what was measured is in the file `partial` at once, and is not measured again after a kill."""
+    record: dict[str, Any] = {"machine": machine(), "settings": asdict(settings) | {"ways": list(names)}, "models": {}}
+    if partial.is_file():
+        begun = read_object(partial)
+        same = all(begun.get(key) == record[key] for key in ("machine", "settings"))
+        record = begun if same else record
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for model, mode in product(models, modes):
+        done = record["models"].setdefault(model, {})
+        if mode not in done:
+            sys.stderr.write(f"{model}, {mode}\n")
+            with tempfile.TemporaryDirectory() as folder:
+                done[mode] = measure(MODELS[model], Path(folder), names, settings, lora=MODES[mode])
+        write_atomically(partial, (json.dumps(record, indent=2) + "\n").encode())
+    return record
 
 
 if __name__ == "__main__":

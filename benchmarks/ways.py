@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -85,6 +85,10 @@ class Way:
         """What the model is told of attention."""
         return "native" if self.attention in SDPA else self.attention
 
+    def fit_for(self, is_unet: bool) -> Way:
+        """The way without switches that only help convolutions, if there are none."""
+        return self if is_unet else replace(self, switches=self.switches - FOR_UNETS)
+
     def adapted(self, architecture: Architecture) -> Way | None:
         """The way as the architecture can go it: without switches that it does not know; None if there is none.
 
@@ -94,14 +98,19 @@ class Way:
             return self if architecture.encoders else None
         if "compile-blocks" in self.switches and not architecture.repeats_blocks:
             return None
-        switches = self.switches if architecture.is_unet else self.switches - FOR_UNETS
+        switches = self.fit_for(architecture.is_unet).switches
         if architecture.checkpointed and "selective" not in switches:
             switches |= {"checkpointing"}
         return Way(self.start, switches, self.attention)
 
     @contextmanager
-    def on(self, policy: Any) -> Iterator[dict[str, Any]]:
-        """Switches a policy over; gives settings of the loop. What is global is as before when the block ends."""
+    def on(self, policy: Any, backend: str | None = None) -> Iterator[dict[str, Any]]:
+        """Switches a policy over; gives settings of the loop. What is global is as before when the block ends.
+
+        Args:
+            policy: What is trained.
+            backend: Of `torch.compile`; None takes inductor on a GPU and "eager", which only captures, on a CPU.
+        """
         with ExitStack() as undo:
             if self.attention in SDPA:
                 undo.enter_context(sdpa_kernel(SDPA[self.attention]))
@@ -110,14 +119,16 @@ class Way:
             selective = "selective" in self.switches
             recompute_activations(policy.denoiser, "selective" if selective else "checkpointing" in self.switches)
             if self.switches & {"compile", "compile-blocks"}:
-                backend = "inductor" if policy.device.type == "cuda" else "eager"
+                backend = backend or ("inductor" if policy.device.type == "cuda" else "eager")
                 mode = "reduce-overhead" if "cudagraphs" in self.switches else None
                 policy.compile(backend, mode, blocks="compile-blocks" in self.switches)
                 undo.callback(torch.compiler.reset)
             if "cudnn_benchmark" in self.switches:
                 undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
                 torch.backends.cudnn.benchmark = True
-            yield {"fused_optimizer": "fused" in self.switches}
+            yield (
+                {"fused_optimizer": True, "sync_steps": 10} if "fused" in self.switches else {"fused_optimizer": False}
+            )
 
 
 _ALL = "channels_last+fused"
