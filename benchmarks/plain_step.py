@@ -94,7 +94,8 @@ class PlainStep(ABC):
         posterior = vae.encode(pixels).latent_dist
         fresh = [draw.normal(f"posterior/{side}", posterior.mean.shape[1:]) for side in SIDES for draw in draws]
         latents: Tensor = posterior.mean + posterior.std * torch.stack(fresh)
-        return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        return latents
 
     @staticmethod
     def _errors(prediction: Tensor, target: Tensor) -> Tensor:
