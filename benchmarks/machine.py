@@ -40,6 +40,11 @@ def machine(device: torch.device | str = "cpu", commit: str | None = None) -> di
     }
 
 
+def hide_accelerators() -> None:
+    """This process and those that it starts compute on the CPU; called before anything else does."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+
+
 def device_name(device: torch.device) -> str:
     """What people call the device, such as "NVIDIA H200"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -25,7 +25,7 @@ import torch
 
 import diffalign as da
 from benchmarks.embedded import SHAPES
-from benchmarks.machine import machine
+from benchmarks.machine import hide_accelerators, machine
 from benchmarks.records import RESULTS, publish
 from benchmarks.steps import measure
 from diffalign.resumable import read_object, write_atomically
@@ -131,4 +131,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hide_accelerators()
     sys.exit(main())

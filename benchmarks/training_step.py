@@ -45,7 +45,7 @@ import diffalign as da
 from benchmarks import plain_step, steps
 from benchmarks.accounting import measure_peak, share, units
 from benchmarks.embedded import LR, MODELS, SEED, Model, Scene
-from benchmarks.machine import machine
+from benchmarks.machine import hide_accelerators, machine
 from benchmarks.records import RESULTS, publish
 from benchmarks.steps import Timeline, split_of, watching
 from benchmarks.turns import Job, Stopwatch, Turn, take_turns
@@ -337,4 +337,5 @@ def run(
 
 
 if __name__ == "__main__":
+    hide_accelerators()
     sys.exit(main())
