@@ -18,31 +18,57 @@ class Conditioning:
     """What a denoiser is told about the prompts: named tensors with the batch first. Opaque to trainers.
 
     Trainers may index it, repeat it and move it, nothing else.
+
+    Attributes:
+        tensors: By name.
+        known_lengths: `lengths`, remembered from the time when the tensors were on the CPU.
     """
 
     tensors: Mapping[str, Tensor]
+    known_lengths: tuple[int, ...] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Real tokens of each row by its "mask", for networks that must know them before they compute.
+
+        A device is asked, and waited for, only if the tensors were made there.
+        """
+        if self.known_lengths is not None:
+            return self.known_lengths
+        return tuple(self.tensors["mask"].sum(dim=1).tolist())
 
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
         index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows)
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+        known = None
+        if self.known_lengths is not None and not (isinstance(rows, Tensor) and rows.device.type != "cpu"):
+            known = tuple(torch.tensor(self.known_lengths)[rows].tolist())
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, known)
 
     def repeat(self, times: int) -> Conditioning:
         """The whole batch `times` times over: rows 0..B-1, 0..B-1, ..."""
-        return Conditioning({n: t.repeat(times, *[1] * (t.ndim - 1)) for n, t in self.tensors.items()})
+        known = None if self.known_lengths is None else self.known_lengths * times
+        return Conditioning({n: t.repeat(times, *[1] * (t.ndim - 1)) for n, t in self.tensors.items()}, known)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moved to a device; floating-point tensors also cast to `dtype` if one is given."""
         place = torch.device(device)
         sent = {name: send(tensor, place) for name, tensor in self.tensors.items()}
-        return Conditioning({n: t.to(dtype if t.is_floating_point() else None) for n, t in sent.items()})
+        known = self.known_lengths
+        if known is None and "mask" in self.tensors and self.tensors["mask"].device.type == "cpu":
+            known = self.lengths
+        return Conditioning({n: t.to(dtype if t.is_floating_point() else None) for n, t in sent.items()}, known)
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         """Several batches as one."""
-        return Conditioning({n: torch.cat([p.tensors[n] for p in parts]) for n in parts[0].tensors})
+        known = [part.known_lengths for part in parts]
+        return Conditioning(
+            {n: torch.cat([p.tensors[n] for p in parts]) for n in parts[0].tensors},
+            None if None in known else tuple(n for lengths in known if lengths is not None for n in lengths),
+        )
 
 
 class Moments(NamedTuple):

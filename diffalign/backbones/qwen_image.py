@@ -124,7 +124,8 @@ class QwenImagePolicy(PipelinePolicy):
 
     def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         hidden, mask = conditioning.tensors["hidden"], conditioning.tensors["mask"]
-        longest = int(mask.sum(dim=1).max())  # padding that every row has costs time and says nothing
+        shortest, longest = min(conditioning.lengths), max(conditioning.lengths)
+        # padding that every row has costs time and says nothing
         hidden, mask = hidden[:, :longest], mask[:, :longest]
         height, width = (length // self.patch_size for length in noisy_latents.shape[-2:])
         patches = pixel_unshuffle(noisy_latents, self.patch_size).flatten(2).transpose(1, 2)
@@ -133,7 +134,7 @@ class QwenImagePolicy(PipelinePolicy):
             timestep=timesteps.float()
             / 1000,  # the network multiplies by 1000 again, whatever the scheduler's number of steps
             encoder_hidden_states=hidden,
-            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            encoder_hidden_states_mask=None if shortest == longest else mask,
             img_shapes=[[(1, height, width)]] * len(patches),
             return_dict=False,
         )[0]

@@ -84,7 +84,7 @@ class ZImagePolicy(PipelinePolicy):
         }
 
     def _forward(self, module: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden, lengths = conditioning.tensors["hidden"], conditioning.tensors["mask"].sum(dim=1).tolist()
+        hidden, lengths = conditioning.tensors["hidden"], conditioning.lengths
         clips = module(
             list(noisy_latents.unsqueeze(2).unbind()),
             (1000 - timesteps.float()) / 1000,  # as the pipeline does, whatever the scheduler's number of steps
