@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class OnGPU(Tensor):
     def tolist(self) -> Any:
         note("tolist")
         return self.inner.tolist()
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    storage = untyped_storage  # of which only the address is asked
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
@@ -143,6 +148,21 @@ class _Down(torch.autograd.Function):
         return OnGPU(gradient)
 
 
+GROUPED = torch._C._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
+
+
+def _grouped(tensors: Any, with_indices: bool = False) -> Any:
+    """How optimizers take tensors together; PyTorch's own function sees where they are in C++."""
+    groups = {}
+    for (_, dtype), (lists, indices) in GROUPED(tensors, with_indices).items():
+        for device in (CPU, GPU):
+            places = [place for place, one in enumerate(lists[0]) if (one.device.type == "cuda") == (device is GPU)]
+            if places:
+                own = [[one[place] for place in places] if one else [] for one in lists]
+                groups[device, dtype] = (own, [indices[place] for place in places] if with_indices else [])
+    return groups
+
+
 class PretendedGPU(TorchFunctionMode):
     """See the module.
 
@@ -157,13 +177,17 @@ class PretendedGPU(TorchFunctionMode):
     @contextmanager
     def on(self) -> Iterator[PretendedGPU]:
         """Device "cuda" means this GPU in the block."""
-        before, generators = OnGPU.noted, torch.cuda.default_generators
-        OnGPU.noted, torch.cuda.default_generators = self.waits, (torch.default_generator,)
-        try:
+        replaced = (
+            (OnGPU, "noted", self.waits),
+            (torch.cuda, "default_generators", (torch.default_generator,)),
+            (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
+        )
+        with ExitStack() as before:
+            for owner, name, value in replaced:
+                before.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
             with self:
                 yield self
-        finally:
-            OnGPU.noted, torch.cuda.default_generators = before, generators
 
     def put(self, *modules: nn.Module | None) -> None:
         """Moves modules there."""
@@ -230,6 +254,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "cpu": lambda func, tensor, *_, **__: _to(Tensor.to, tensor, CPU),
     "pin_memory": _pin,
     "is_pinned": lambda func, tensor, *_: is_pinned(tensor),
+    "storage": lambda func, tensor: tensor.storage() if isinstance(tensor, OnGPU) else func(tensor),
     "tolist": lambda func, tensor: tensor.tolist() if isinstance(tensor, OnGPU) else func(tensor),
     "numpy": lambda func, tensor, **how: tensor.numpy() if isinstance(tensor, OnGPU) else func(tensor, **how),
 }
