@@ -151,6 +151,14 @@ class _Down(torch.autograd.Function):
 GROUPED = torch._C._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
 
 
+ALIKE = torch._has_compatible_shallow_copy_type  # type: ignore[attr-defined]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether `Module.to` may put the other into the one's place instead of making a parameter anew."""
+    return isinstance(one, OnGPU) == isinstance(other, OnGPU) and ALIKE(one, other)
+
+
 def _grouped(tensors: Any, with_indices: bool = False) -> Any:
     """How optimizers take tensors together; PyTorch's own function sees where they are in C++."""
     groups = {}
@@ -181,6 +189,7 @@ class PretendedGPU(TorchFunctionMode):
             (OnGPU, "noted", self.waits),
             (torch.cuda, "default_generators", (torch.default_generator,)),
             (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
+            (torch, "_has_compatible_shallow_copy_type", _alike),
         )
         with ExitStack() as before:
             for owner, name, value in replaced:
