@@ -1,7 +1,7 @@
 """Hashes of weights: tensor after tensor into one digest, those to come prepared while one is hashed.
 
-A digest takes its bytes in one order, so one thread hashes. Bringing a tensor to the CPU and into its bytes takes as long
-again; helpers do that, a few tensors ahead.
+A digest takes its bytes in one order, so one thread hashes. Bringing a tensor to the CPU and into its bytes takes as
+long again; helpers do that, a few tensors ahead.
 """
 
 from __future__ import annotations
