@@ -45,7 +45,11 @@ class Conditioning:
         known = None
         if self.known_lengths is not None and not (isinstance(rows, Tensor) and rows.device.type != "cpu"):
             known = tuple(torch.tensor(self.known_lengths)[rows].tolist())
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()}, known)
+
+        def taken(tensor: Tensor) -> Tensor:
+            return tensor[index if isinstance(index, slice) else send(index, tensor.device)]
+
+        return Conditioning({name: taken(tensor) for name, tensor in self.tensors.items()}, known)
 
     def repeat(self, times: int) -> Conditioning:
         """The whole batch `times` times over: rows 0..B-1, 0..B-1, ..."""
@@ -162,6 +166,7 @@ class NoisyStates:
         timesteps: In the network's units, [2B].
         noisy_latents: alpha * latents + sigma * noise, [2B, C, ...].
         target: What the network should predict, [2B, C, ...].
+        alphas: Signal scales at the timesteps, [2B], float64, on the CPU.
     """
 
     conditioning: Conditioning
@@ -170,6 +175,7 @@ class NoisyStates:
     timesteps: Tensor
     noisy_latents: Tensor
     target: Tensor
+    alphas: Tensor
 
 
 def _kinds(kind: type[PairBatch]) -> list[type[PairBatch]]:

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["pick_device", "pinned", "resolve_device", "send"]
+__all__ = ["pick_device", "pinned", "resolve_device", "send", "send_like"]
 
 
 def pick_device() -> str:
@@ -31,6 +31,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda" and type(tensor) is Tensor:  # none without storage
         return pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def send_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor.to(like)`, in the other's dtype and on its device, without waiting; see `send`."""
+    return send(tensor.to(like.dtype), like.device)
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ T = TypeVar("T")
 INDEX_FILE = "index.jsonl"
 IMAGE_FOLDER = "images"
 VIDEO_FOLDER = "videos"
+NAMES = ("model", "adapter")
+"""Settings that only name weights, whose hash is a setting of its own."""
 
 
 class NonFiniteImageError(ValueError):
@@ -158,7 +160,8 @@ def generate(
     Args:
         policy: Draws.
         requests: What to draw; all of the kind that the policy draws.
-        out_dir: Output folder; new, or of an earlier run with the same requests and settings.
+        out_dir: Output folder; new, or of an earlier run with the same requests and settings. The same weights under
+            another path go on there.
         sampling: Guidance, steps, batch size and frame rate; seed and number of images are for `make_requests` only.
             With a `negative_model`, the policy must have it already, see `Policy.put_negative`.
         reference: Draw with the frozen reference's weights instead of the policy's.
@@ -185,7 +188,7 @@ def generate(
         listed = f"{len(requests)} from {first.prompt!r} with seed {first.seed}, digest {digest.hexdigest()}"
         own = {"batch_size": sampling.batch_size, "requests": listed}
         everything = own | drawing_settings(policy, sampling, reference=reference, settings=settings)
-        claim_folder(out_dir, everything, (INDEX_FILE, VIDEO_FOLDER if policy.is_video else IMAGE_FOLDER))
+        claim_folder(out_dir, everything, (INDEX_FILE, VIDEO_FOLDER if policy.is_video else IMAGE_FOLDER), NAMES)
 
     processes.on_first(claim)
     return draw(policy, requests, out_dir / INDEX_FILE, sampling, reference=reference, processes=processes)
@@ -297,13 +300,16 @@ def weights_fingerprint(policy: Policy, *, reference: bool = False, negative: bo
     With `reference`, adapters are left out, so that the reference has one fingerprint whatever adapter lies on it. A
     reference that is a frozen copy is named by the live weights beside it: too strict, never too lax.
     """
+    from diffalign.weight_hashes import hash_weights
+
     digest = hashlib.blake2b(policy.encoder_fingerprint().encode(), digest_size=16)
+    named = []
     for name, tensor in sorted(policy.denoiser.state_dict().items()):
         if reference and "lora_" in name and not name.endswith(".reference.weight"):
             continue  # the second adapter of a run that went on from one is the reference's own
         plain = name.replace(".base_layer.", ".")  # peft's name for a layer under an adapter
-        digest.update(f"{plain if reference else name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        named.append((f"{plain if reference else name} {tensor.dtype} {tuple(tensor.shape)}", tensor))
+    hash_weights(digest, named)
     if negative:
         digest.update(policy.negative_fingerprint().encode())
     return digest.hexdigest()

@@ -35,6 +35,7 @@ from diffalign.resumable import claim_folder, write_atomically
 from diffalign.schedules import DiscreteSchedule
 from diffalign.sharding import refuse_sharded
 from diffalign.transitions import at_least_float32
+from diffalign.weight_hashes import hash_weights
 
 if TYPE_CHECKING:
     from diffalign.data import EncodedPairs, PairSource
@@ -137,6 +138,8 @@ class Inversions:
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
         self._folder, self._settings["batch_size"] = folder, batch_size
+        if self.policy.autocast is not None:  # which the loop decides, after this object was made
+            self._settings["autocast"] = str(self.policy.autocast).removeprefix("torch.")
         share = processes.share(processes.on_first(self._missing))
         total = sum(len(self._rows_in(number)) for number in share)
         hidden = not processes.is_first or not total
@@ -291,7 +294,6 @@ def _fingerprint(policy: Policy) -> str:
     assert isinstance(policy.schedule, DiscreteSchedule)  # as the trainer found
     denoiser, levels = policy.denoiser, torch.arange(len(policy.schedule))
     scales = zip(("alphas", "sigmas"), policy.schedule.scales(levels), strict=True)
-    for name, tensor in chain(denoiser.named_parameters(), denoiser.named_buffers(), scales):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    named = chain(denoiser.named_parameters(), denoiser.named_buffers(), scales)
+    hash_weights(digest, ((f"{name} {t.dtype} {tuple(t.shape)}", t) for name, t in named), exact=True)
     return digest.hexdigest()

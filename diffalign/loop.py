@@ -149,6 +149,8 @@ class _Run:
     def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
         """The denoiser as several processes train it, and the optimizer."""
         accelerator, denoiser = self.accelerator, self.policy.denoiser
+        if self.config.mixed_precision != "no":
+            self.policy.autocast = DTYPES[self.config.mixed_precision]
         if sharding.is_sharded(denoiser):  # the caller's own choice; accelerate would put DDP around it
             wrapped, prepared = denoiser, accelerator.prepare(optimizer)
         else:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from diffalign.batches import Conditioning, Moments
@@ -42,6 +43,7 @@ class Policy(ABC):
         reads_frame_rate: Whether the network is told `frame_rate`.
         any_size: Whether `encode` and `predict` take pictures of other sizes than `size`, for
             `data.aspect_ratio_buckets`.
+        autocast: What products of the denoiser, policy and reference, are rounded to; None if to nothing.
         compiled: Backend that the denoiser is compiled with; empty if it is not. Batches of one size are then the fast
             ones.
         forwards: Samples that went through the denoiser so far, of policy and reference; those of `sample` not counted.
@@ -62,6 +64,7 @@ class Policy(ABC):
     reads_frame_rate: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
     max_tokens: int
+    autocast: torch.dtype | None = None
     compiled: str = ""
     forwards: int = 0
     guidance_scale: float

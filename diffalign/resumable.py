@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,12 @@ def to_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], made_here: Sequence[str] = ("index.jsonl",)) -> None:
+def claim_folder(
+    folder: Path,
+    settings: Mapping[str, Any],
+    made_here: Sequence[str] = ("index.jsonl",),
+    names: Collection[str] = (),
+) -> None:
     """Makes `folder`, writes `settings` into it, or checks that the settings already there are the same.
 
     Args:
@@ -66,6 +71,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], made_here: Sequence[
         settings: Everything its output depends on, as JSON values; written to `settings.json`.
         made_here: Names of the command's own output. If one is there without a `settings.json`, somebody else made
             it and it is not overwritten.
+        names: Keys, at any depth, of what only names a thing that another setting identifies, such as the path of a
+            model whose weights are hashed: written down and not compared.
 
     Raises:
         ValueError: If the folder holds the output of other settings (the message names the differences), of
@@ -90,13 +97,20 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], made_here: Sequence[
     changes = [
         f"{key} {_short(found, key)} -> {_short(wanted, key)}"
         for key in dict.fromkeys([*wanted, *found])
-        if found.get(key) != wanted.get(key)
+        if key not in names and _without(found.get(key), names) != _without(wanted.get(key), names)
     ]
     if changes:
         raise ValueError(
             f"{folder} holds results of other settings ({'; '.join(changes)}); use another output folder, go back to "
             "those settings, or delete this folder to start over"
         )
+
+
+def _without(value: Any, names: Collection[str]) -> Any:
+    """A JSON value without the entries of these names."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without(entry, names) for key, entry in value.items() if key not in names}
 
 
 def _short(settings: Mapping[str, Any], key: str) -> str:

@@ -25,16 +25,8 @@ from diffalign.checkpointing import recompute_activations
 from diffalign.comparisons import comparison_loss
 from diffalign.config import ConfigError, RewardConfig, RunConfig, dump_config
 from diffalign.configured import data_config, load_model, picture_size
-from diffalign.data import (
-    EncodedPairs,
-    PairSource,
-    check_finished,
-    check_media,
-    check_source,
-    encode_pairs,
-    find_encoded,
-    load_pairs,
-)
+from diffalign.data import EncodedPairs, PairSource, RunPairs
+from diffalign.devices import send, send_like
 from diffalign.loop import fit, make_accelerator
 from diffalign.media_checks import check_media_settings
 from diffalign.noisy_rewards import NoisyReward, check_trunk
@@ -140,7 +132,8 @@ class RewardTrainer:
 
     def differences(self, batch: PairBatch, timesteps: Tensor) -> Tensor:
         """Rewards of the chosen samples minus those of the rejected ones, [B, D], at timesteps [B] and equal noise."""
-        noise = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws]).to(batch.chosen)
+        noise = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws])
+        noise = send_like(noise, batch.chosen)
         both = [self.schedule.add_noise(latents, noise, timesteps) for latents in (batch.chosen, batch.rejected)]
         rewards = self.policy.wrapped(torch.cat(both), timesteps.repeat(2), batch.conditioning.repeat(2))
         first, second = rewards.float().chunk(2)
@@ -161,7 +154,7 @@ class RewardTrainer:
 
     def _preference(self, batch: PairBatch) -> Tensor:
         ones = torch.ones(len(self.reward.card.dimensions))
-        return torch.stack([self.preferences.get(d.pair_id, ones) for d in batch.draws]).to(batch.chosen.device)
+        return send(torch.stack([self.preferences.get(d.pair_id, ones) for d in batch.draws]), batch.chosen.device)
 
     @torch.no_grad()
     def _metrics(self, losses: Tensor, difference: Tensor, preference: Tensor) -> dict[str, Tensor]:
@@ -189,25 +182,16 @@ def train_reward(config: RunConfig) -> tuple[Path, dict[str, dict[str, float]]]:
     folder = Path(config.output_dir) / FOLDER
     training = config.training.model_copy(update={"output_dir": str(folder)})
     data = data_config(config)
-    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
-    if data.check_source:
-        check_source(data)
-    else:
-        check_finished(cache)
+    pairs = RunPairs(data, config.output_dir)
     own = config.model_dump(mode="json", include={"seed", "model", "data", "reward", "training"})
     check_resume(training, own)
     accelerator = make_accelerator(training)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError("train-reward keeps the model whole on every process; use configs/accelerate/ddp.yaml")
-    pairs = load_pairs(data) if data.check_source else None
-    if pairs is not None:
-        check_media(pairs, policy_class(source))
+    pairs.read(policy_class(source))
     policy: Any = load_model(config.model, source, size=picture_size(config), device=accelerator.device)
     recompute_activations(policy.denoiser, config.model.gradient_checkpointing)
-    if pairs is not None:
-        encoded = encode_pairs(pairs, policy, data, cache, processes=launched())
-    else:
-        encoded = find_encoded(policy, data, cache)
+    encoded = pairs.encoded(policy, launched())
     dimensions = data.reward_columns or ("overall",)
     reward = NoisyReward.start(
         policy, settings.layers, dimensions, trained=settings.trunk == "trained", ties=settings.ties, seed=config.seed

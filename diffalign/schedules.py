@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.devices import send
+from diffalign.devices import send_like
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Per-sample values [B] shaped to broadcast against `like` [B, ...], in its dtype and on its device."""
-    return send(values.to(like.dtype), like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return send_like(values, like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 class Schedule(ABC):

@@ -19,15 +19,7 @@ from diffalign.checkpointing import recompute_activations
 from diffalign.checkpoints import CheckpointFolder, write_text
 from diffalign.config import ConfigError, RunConfig, TrainingConfig, dump_config, trainer_settings
 from diffalign.configured import data_config, load_model, picture_size
-from diffalign.data import (
-    PairSource,
-    check_finished,
-    check_media,
-    check_source,
-    encode_pairs,
-    find_encoded,
-    load_pairs,
-)
+from diffalign.data import PairSource, RunPairs
 from diffalign.devices import pick_device
 from diffalign.loop import Waiting, fit, make_accelerator
 from diffalign.media_checks import check_media_settings, check_scorers
@@ -61,23 +53,13 @@ def train_config(config: RunConfig, say: Callable[[str], None] | None = None) ->
     if trainer_class.learns_from == "rollouts":
         return _train_on_rollouts(config, training, source, say)
     data = data_config(config, scored=trainer_class.learns_from == "scored")
-    winners_only = trainer_class.learns_from == "winners"
-    cache = Path(data.encoded_dir or Path(config.output_dir) / "cache")
-    if data.check_source:
-        check_source(data, winners_only=winners_only)
-    else:
-        check_finished(cache)
+    pairs = RunPairs(data, config.output_dir, winners_only=trainer_class.learns_from == "winners")
     whole = config.model_dump(mode="json")
     check_resume(training, whole)
     accelerator = make_accelerator(training)
-    pair_set = load_pairs(data, winners_only=winners_only) if data.check_source else None
-    if pair_set is not None:
-        check_media(pair_set, policy_class(source))
+    pairs.read(policy_class(source))
     policy = training_policy(config, source, accelerator.device)
-    if pair_set is not None:
-        encoded = encode_pairs(pair_set, policy, data, cache, processes=launched())
-    else:
-        encoded = find_encoded(policy, data, cache, winners_only=winners_only)
+    encoded = pairs.encoded(policy, launched())
     policy.free_encoders()
     train_view, validation_view = encoded, None
     if training.num_validation_pairs:

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffalign.devices import send_like
 from diffalign.predictions import Prediction
 from diffalign.schedules import DiscreteSchedule, FlowSchedule, Schedule, expand
 
@@ -32,7 +33,7 @@ class Transition:
 
     Attributes:
         mean: [B, C, ...], with the gradient of the network's output.
-        std: [B], float64, at least 0.
+        std: [B], float64, at least 0, on the CPU as schedules are.
     """
 
     mean: Tensor
@@ -40,7 +41,7 @@ class Transition:
 
     def draw(self, noise: Tensor) -> Tensor:
         """Next latents mean + std * noise, [B, C, ...]."""
-        return self.mean + expand(self.std, self.mean) * noise.to(self.mean)
+        return self.mean + expand(self.std, self.mean) * send_like(noise, self.mean)
 
     def log_prob(self, next_latents: Tensor) -> Tensor:
         """Log-density of `next_latents`, its *mean* over elements, [B].
@@ -56,7 +57,7 @@ class Transition:
             )
         std = expand(self.std, self.mean)
         squares = (next_latents.detach().to(self.mean) - self.mean).square() / (2 * std.square())
-        return -squares.flatten(1).mean(1) - (self.std.log() + 0.5 * math.log(2 * math.pi)).to(self.mean)
+        return -squares.flatten(1).mean(1) - send_like(self.std.log() + 0.5 * math.log(2 * math.pi), self.mean)
 
 
 class Solver(ABC):

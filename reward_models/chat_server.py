@@ -31,7 +31,7 @@ class ChatServer:
 
     Temperature 0 is sent explicitly: `do_sample`, which some published clients send instead, is not part of the
     interface and leaves the server at its own temperature. An answer that does not come, or not in the format of the
-    interface, is an `Answer` with a reason. Retried are 429, 5xx and timeouts, nothing else.
+    interface, is an `Answer` with a reason. Retried are 429, 5xx, timeouts and connections that break, nothing else.
 
     With `cache`, every answer is a file there, found again by template, question, model, pixels and limits, whatever
     the server's address: `model` must name the weights. A process that is killed leaves whole files only.

@@ -1,7 +1,8 @@
 """A client for JSON over HTTP that always comes back: each request has a deadline, and so has each answer's size.
 
 The standard library is enough for it; proxies of the environment are not used, since a scorer's server is a machine of
-one's own. Retried are 429, 5xx and timeouts, a bounded number of times, and nothing else.
+one's own. Retried are 429, 5xx, timeouts and connections that break, a bounded number of times; a server that is not
+there, is not trusted or speaks something else is not asked again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import time
 from contextlib import suppress
 from threading import Timer
@@ -122,7 +124,7 @@ class JsonClient:
             if isinstance(error, TimeoutError) or time.monotonic() - started >= self.timeout:
                 raise RequestError(f"no answer from {self.host} within {self.timeout:g} s", again=True) from error
             what = str(error) or type(error).__name__
-            raise RequestError(f"the connection to {self.host} failed: {what}") from error
+            raise RequestError(f"the connection to {self.host} failed: {what}", again=_passes(error)) from error
         finally:
             if deadline is not None:
                 deadline.cancel()
@@ -138,6 +140,20 @@ class JsonClient:
         except ValueError as error:
             shown = " ".join(content[:80].decode("utf-8", "replace").split())
             raise RequestError(f"the answer of {self.host} is no JSON: {shown!r}", response.status) from error
+
+
+def _passes(error: OSError | http.client.HTTPException) -> bool:
+    """Whether another attempt may get through where a connection failed.
+
+    A server with more callers than it takes at once, or one that is being restarted, resets connections or ends them
+    in the middle; a network may have no way there for a moment. If nobody listens at the address, or somebody who is
+    not trusted, it is the address that is wrong.
+    """
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    if isinstance(error, ConnectionRefusedError | ssl.SSLError):
+        return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return isinstance(error, OSError | http.client.IncompleteRead)
 
 
 def _shut_socket(sock: socket.socket) -> None:

@@ -31,7 +31,7 @@ class RemoteReward(RewardModel):
     `info` and `fingerprint` are those of the model on the server, so that scores computed there and here with the same
     weights take each other's place. Pictures are sent as 8-bit RGB in PNG, which every scorer makes of them anyway.
     There is no gradient. A server that fails, refuses or hangs gives invalid scores with its reason, after retries of
-    429, 5xx and timeouts; only at the start, when it is asked what it serves, is that an error.
+    429, 5xx, timeouts and connections that break; only at the start, when it is asked what it serves, is that an error.
     """
 
     info = RewardInfo(
@@ -62,7 +62,7 @@ class RemoteReward(RewardModel):
             path_or_id: Its address, such as http://localhost:8000, or with the model: http://localhost:8000#pickscore.
             model: Which of its models; None is the only one.
             timeout: Seconds for one attempt of a request, a batch of pictures included.
-            retries: Further attempts after 429, 5xx and timeouts.
+            retries: Further attempts after 429, 5xx, timeouts and connections that break.
             backoff: Seconds before the first of them; doubles with each.
             token_env: Environment variable with the server's token, if it wants one.
             device: Has no effect: the server decides.

@@ -175,8 +175,8 @@ def test_other_settings_in_the_same_folder_are_refused(policy: Any, finished: Pa
     with pytest.raises(ValueError, match=r"requests .*8 from.* -> .*6 from") as caught:
         generate(policy, REQUESTS[:6], finished, SAMPLING, settings=SETTINGS)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="adapter none -> "):
-        generate(policy, REQUESTS, finished, SAMPLING, settings={**SETTINGS, "adapter": "run1"})
+    with pytest.raises(ValueError, match='weights "[0-9a-f]+" -> "others"'):
+        generate(policy, REQUESTS, finished, SAMPLING, settings={**SETTINGS, "weights": "others"})
     assert contents(finished) == before
     (tmp_path / "index.jsonl").write_text("precious")
     with pytest.raises(ValueError, match=r"index.jsonl but no settings.json: not made here"):
@@ -187,6 +187,18 @@ def test_other_settings_in_the_same_folder_are_refused(policy: Any, finished: Pa
     (tmp_path / "torn" / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
         claim_folder(tmp_path / "torn", {})
+
+
+def test_the_same_weights_under_another_path_go_on(policy: Any, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / REQUESTS[-1].file).unlink()
+    generate(policy, REQUESTS, folder, SAMPLING, settings={"model": "moved/here", "adapter": "run1"})
+    assert contents(folder) == contents(finished)
+    claim_folder(tmp_path / "deep", {"negative": {"model": "a", "weights": "1"}}, (), ("model",))
+    claim_folder(tmp_path / "deep", {"negative": {"model": "b", "weights": "1"}}, (), ("model",))
+    with pytest.raises(ValueError, match='negative .*"weights": "1".* -> .*"weights": "2"'):
+        claim_folder(tmp_path / "deep", {"negative": {"model": "b", "weights": "2"}}, (), ("model",))
 
 
 @pytest.mark.slow

@@ -13,10 +13,23 @@ if TYPE_CHECKING:
     from diffalign.trainers.flow_rwr import FlowRWR
     from diffalign.trainers.inpo import InPO
     from diffalign.trainers.npo import NPO
+    from diffalign.trainers.self_npo import SelfNPO
     from diffalign.trainers.seppo import SePPO
     from diffalign.trainers.sft import SFT
 
-__all__ = ["D3PO", "NPO", "DiffusionDPO", "FlowDPO", "FlowRWR", "InPO", "LossOutput", "PairTrainer", "SFT", "SePPO"]
+__all__ = [
+    "D3PO",
+    "NPO",
+    "SFT",
+    "DiffusionDPO",
+    "FlowDPO",
+    "FlowRWR",
+    "InPO",
+    "LossOutput",
+    "PairTrainer",
+    "SePPO",
+    "SelfNPO",
+]
 
 _HOMES = {
     "D3PO": "d3po",
@@ -29,6 +42,7 @@ _HOMES = {
     "PairTrainer": "base",
     "SFT": "sft",
     "SePPO": "seppo",
+    "SelfNPO": "self_npo",
 }
 
 

@@ -206,6 +206,7 @@ class Trainer:
             timesteps=send(timesteps, latents.device),
             noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
             target=self.policy.prediction.target(latents, noise, alphas, sigmas),
+            alphas=alphas,
         )
 
     def errors(self, states: NoisyStates, known: Tensor | None = None) -> tuple[Tensor, Tensor]:

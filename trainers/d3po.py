@@ -29,6 +29,7 @@ from torch import Tensor
 
 from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
+from diffalign.devices import send_like
 from diffalign.policy import Policy
 from diffalign.references import INITIAL
 from diffalign.rollout_source import RolloutSource
@@ -225,7 +226,7 @@ class D3PO(PairTrainer):
             norms = by_mean.reshape(2, len(losses), -1).square().sum((0, 2)).sqrt() * slope[:, 0].abs()
             times = self.sampler.grid[:-1]
             here = batch.timesteps[:, None] == times
-            shares = (norms[:, None] * here.to(norms)).mean(0) * len(times)
+            shares = (norms[:, None] * send_like(here, norms)).mean(0) * len(times)
         return {f"grad_per_step/{time:g}": share for time, share in zip(times.tolist(), shares, strict=True)}
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffalign.batches import NoisyStates
 from diffalign.predictions import Prediction
+from diffalign.schedules import expand
 from diffalign.timesteps import TimestepLaw
 from diffalign.trainers.base import PairTrainer, PairTrainerConfig
 
@@ -56,5 +57,4 @@ class FlowDPO(PairTrainer):
         margin = super().margin(ratio, states)
         if self.config.beta_schedule == "constant":
             return margin
-        alphas, _ = self.schedule.scales(states.timesteps[: len(margin)])  # 1 - t
-        return margin * alphas.square().to(margin)
+        return margin * expand(states.alphas[: len(margin)].square(), margin)  # alpha is 1 - t

@@ -41,6 +41,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.batches import Conditioning, NoisyStates, PairBatch
+from diffalign.devices import send, send_like
 from diffalign.inversions import Inversions, InvertedPairs, InvertedSource, check_kind
 from diffalign.policy import Policy, Predictor
 from diffalign.predictions import Prediction
@@ -165,9 +166,10 @@ class InPO(PairTrainer):
             conditioning=conditioning,
             latents=latents,
             noise=noise,
-            timesteps=timesteps.to(latents.device),
+            timesteps=send(timesteps, latents.device),
             noisy_latents=noisy_latents,
             target=self.policy.prediction.target(latents, noise, alphas, sigmas),
+            alphas=alphas,
         )
 
     def draw_timesteps(self, draws: Sequence[Draw]) -> Tensor:
@@ -213,7 +215,7 @@ class InPO(PairTrainer):
     def invert_to_grid(self, latents: Tensor, captions: Conditioning) -> Tensor:
         """Where latents [N, C, ...] are at every level of the grid, [N, L, C, ...]."""
         device = next(self.policy.denoiser.parameters()).device
-        states, captions = [latents.to(device)], captions.to(device)
+        states, captions = [send(latents, device)], captions.to(device)
         for move in pairwise(self.grid()):
             levels = torch.stack(move)[:, None].expand(-1, len(latents))
             states.append(self.walk(states[-1], levels, levels[1:], captions, ()))
@@ -268,13 +270,15 @@ class InPO(PairTrainer):
             rows = torch.arange(len(moving)) if together else moving.nonzero()[:, 0]
             if not len(rows):
                 continue
-            noise = self.noise_seen(noisy[rows], told[move, rows], conditioning[rows])
-            moved = self.solver.step(noise, noisy[rows], source[rows], destination[rows]).mean
+            places = send(rows, noisy.device)
+            before = noisy[places]
+            noise = self.noise_seen(before, told[move, rows], conditioning[rows])
+            moved = self.solver.step(noise, before, source[rows], destination[rows]).mean
             if self.config.eta > 0:
                 fresh = [draw.normal(f"inversion/{half}/{move}", noisy.shape[1:]) for half in HALVES for draw in draws]
                 added = expand(self.added_std(source[rows], destination[rows]), moved)
-                moved = moved + added * torch.stack(fresh)[rows].to(moved)
-            noisy[rows[moving[rows]]] = moved[moving[rows]]
+                moved = moved + added * send_like(torch.stack(fresh)[rows], moved)
+            noisy[places] = torch.where(expand(moving[rows], moved) > 0, moved, before)
         return noisy
 
     def noise_seen(self, noisy_latents: Tensor, told: Tensor, conditioning: Conditioning) -> Tensor:
@@ -282,7 +286,7 @@ class InPO(PairTrainer):
 
         A network of v is read at that level too, so that it gives what the same network of noise would.
         """
-        output = self.inverter.predict(noisy_latents, told.to(noisy_latents.device), conditioning)
+        output = self.inverter.predict(noisy_latents, send(told, noisy_latents.device), conditioning)
         scales = self.schedule.scales(told.clamp(min=0))
         return self.policy.prediction.to_sample_and_noise(output.to(noisy_latents), noisy_latents, *scales)[1]
 

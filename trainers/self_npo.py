@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffalign.batches import Conditioning, PairBatch
+from diffalign.devices import send, send_like
 from diffalign.policy import Policy
 from diffalign.predictions import Prediction
 from diffalign.schedules import DiscreteSchedule, Schedule, expand
@@ -126,9 +127,9 @@ class SelfNPO(Trainer):
         share = torch.tensor([draw.uniform("student") for draw in batch.draws], dtype=torch.float64)
         timesteps = reached + 1 + (share * span).long()
         noise = torch.stack([draw.normal("student noise", latents.shape[1:]) for draw in batch.draws])
-        noisy = renoise(self.schedule, latents, noise.to(latents), reached, timesteps)
+        noisy = renoise(self.schedule, latents, send_like(noise, latents), reached, timesteps)
         alphas, sigmas = self.schedule.scales(timesteps)
-        output = self.policy.predict(noisy, timesteps.to(noisy.device), batch.conditioning)
+        output = self.policy.predict(noisy, send(timesteps, noisy.device), batch.conditioning)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         seen, _ = self.policy.prediction.to_sample_and_noise(output, noisy, alphas, sigmas)
         losses = self._distance(seen - target).flatten(1).mean(1)
@@ -136,7 +137,7 @@ class SelfNPO(Trainer):
         metrics = {
             "loss": losses.detach().mean(),
             "x0_mse": (seen - target).detach().square().mean(),
-            "reached": reached.double().mean().to(losses.device),
+            "reached": send(reached.double().mean(), losses.device),
         }
         return LossOutput(loss, losses, metrics)
 
@@ -146,34 +147,36 @@ class SelfNPO(Trainer):
         drawn = torch.tensor([int(draw.uniform("level") * len(self.levels)) for draw in batch.draws])
         last = (drawn - config.teacher_steps).clamp(min=-1)
         at = drawn if config.start == "real" else torch.full_like(drawn, top)
-        latents = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws]).to(batch.chosen)
+        latents = torch.stack([draw.normal("noise", batch.chosen.shape[1:]) for draw in batch.draws])
+        latents = send_like(latents, batch.chosen)
         if config.start == "real":
             latents = self.schedule.add_noise(batch.chosen, latents, self._timesteps(at))
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         while bool((at > last).any()):
             moving = (at > last).nonzero().flatten()
-            rows = moving.to(latents.device)
+            rows = send(moving, latents.device)
             here, there = self._timesteps(at[moving]), self._timesteps(at[moving] - 1)
-            clean, noise = self.guided(latents[rows], here, batch.conditioning[rows])
+            clean, noise = self.guided(latents[rows], here, batch.conditioning[moving])
             latents = latents.index_copy(0, rows, self.schedule.add_noise(clean, noise, there))
             at = at.index_add(0, moving, -torch.ones_like(moving))
         return latents, self._timesteps(at)
 
     def guided(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """The teacher's clean image and noise with guidance w, both [B, C, ...]; an unused branch is not computed."""
-        w, device = self.config.w, latents.device
+        w, told = self.config.w, send(timesteps, latents.device)
         output = torch.zeros_like(latents)
         if w != -1:
-            output = output + (1 + w) * self.reference.predict(latents, timesteps.to(device), conditioning)
+            output = output + (1 + w) * self.reference.predict(latents, told, conditioning)
         if w != 0:
-            empty = self._empty().to(device).repeat(len(latents))
-            output = output - w * self.reference.predict(latents, timesteps.to(device), empty)
+            empty = self._empty(latents.device).repeat(len(latents))
+            output = output - w * self.reference.predict(latents, told, empty)
         return self.policy.prediction.to_sample_and_noise(output, latents, *self.schedule.scales(timesteps))
 
-    def _empty(self) -> Conditioning:
-        """What guidance contrasts a prompt with, one row."""
+    def _empty(self, device: torch.device) -> Conditioning:
+        """What guidance contrasts a prompt with, one row, which stays on the device that it was sent to."""
         if self._unconditional is None:
             self._unconditional = self.policy.encode_unconditional(1)
+        self._unconditional = self._unconditional.to(device)
         return self._unconditional
 
     def _distance(self, difference: Tensor) -> Tensor:

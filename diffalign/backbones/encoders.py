@@ -15,6 +15,7 @@ from diffalign.backbones.loading import ModelSource, inner_tokenizer
 from diffalign.backbones.prompt_memory import PromptMemory
 from diffalign.batches import Conditioning, Moments
 from diffalign.policy import Policy
+from diffalign.weight_hashes import hash_weights
 
 
 class Encoders(Policy):
@@ -140,9 +141,7 @@ class Encoders(Policy):
                 config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
                 settings = {k: str(v) for k, v in config.items() if k != "_name_or_path"}
                 digest.update(f"{part} {json.dumps(settings, sort_keys=True)}".encode())
-                for name, tensor in sorted(module.state_dict().items()):
-                    digest.update(name.encode())
-                    digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+                hash_weights(digest, sorted(module.state_dict().items()))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -27,6 +27,7 @@ from diffalign.backbones.loading import ModelSource
 from diffalign.backbones.negative_files import NegativeModel, find_negative, mix, read_weights
 from diffalign.backbones.precision import EXACT_INPUTS, to_own_dtype
 from diffalign.backbones.trained_weights import ADAPTER, TrainedWeights
+from diffalign.weight_hashes import hash_weights
 
 logger = logging.getLogger("diffalign")
 
@@ -283,6 +284,4 @@ def _merged(module: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _hash(digest: Any, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    hash_weights(digest, ((f"{name} {tuple(tensor.shape)}", tensor) for name, tensor in sorted(state.items())))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffalign.schedules import expand
 from diffalign.transitions import at_least_float32
+from diffalign.weight_hashes import hash_weights
 
 if TYPE_CHECKING:
     from diffalign.backbones.base import PipelinePolicy
@@ -187,7 +188,5 @@ def load_guidance(policy: PipelinePolicy, sampling: SamplingConfig) -> RewardGui
 
 def _digest(reward: NoisyReward) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(reward.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    hash_weights(digest, sorted(reward.state_dict().items()))
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from diffalign.backbones.precision import halve
 from diffalign.policy import Policy
 from diffalign.randomness import generator
 from diffalign.sharding import cut_like, is_sharded, whole
+from diffalign.weight_hashes import hash_weights
 
 ADAPTER = "default"
 """Name of the trained adapter inside peft."""
@@ -132,6 +133,7 @@ class TrainedWeights(Policy):
         self._frozen = copy.deepcopy(self.denoiser)
         if reference_dtype is not None and reference_dtype != self.denoiser.dtype:
             self._halve(self._frozen, reference_dtype)
+            self.autocast = reference_dtype
         self.denoiser.requires_grad_(True)
 
     def _halve(self, module: Any, dtype: torch.dtype) -> None:
@@ -177,9 +179,8 @@ class TrainedWeights(Policy):
         timesteps = self.schedule.timesteps_at(uniform.clamp(max=1 - 1e-9))
         scales = zip(("alphas", "sigmas"), self.schedule.scales(timesteps), strict=True)
         digest = hashlib.blake2b(self.prediction.value.encode(), digest_size=16)
-        for name, tensor in (*self._reference_state().items(), *scales):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        named = (*self._reference_state().items(), *scales)
+        hash_weights(digest, ((f"{name} {t.dtype} {tuple(t.shape)}", t) for name, t in named), exact=True)
         return digest.hexdigest()
 
     def _reference_state(self) -> dict[str, Tensor]:

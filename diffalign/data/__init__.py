@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffalign.data.images import CorruptImageError, ImageSource
     from diffalign.data.loading import check_source, load_pairs
     from diffalign.data.media import check_media
+    from diffalign.data.opening import RunPairs
     from diffalign.data.pairs import Pair, PairList, PairSet, ReadReport
     from diffalign.data.source import PairSource
 
@@ -30,6 +31,7 @@ __all__ = [
     "PairSet",
     "PairSource",
     "ReadReport",
+    "RunPairs",
     "check_finished",
     "check_media",
     "check_source",
@@ -46,6 +48,7 @@ _HOMES = {
     "encoding": ("encode_pairs",),
     "images": ("CorruptImageError", "ImageSource"),
     "loading": ("check_source", "load_pairs"),
+    "opening": ("RunPairs",),
     "pairs": ("Pair", "PairList", "PairSet", "ReadReport"),
     "source": ("PairSource",),
 }

@@ -11,6 +11,7 @@ import pytest
 from diffalign.data import (
     DataConfig,
     EncodedPairs,
+    RunPairs,
     check_finished,
     encode_pairs,
     find_encoded,
@@ -97,6 +98,35 @@ def test_without_any_finished_cache_a_run_stops_before_its_model_loads(
             check_finished(root)
     encode(config, encoder, tmp_path / "cache")
     check_finished(tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_a_run_opens_its_pairs_step_by_step(config: DataConfig, encoder: Any, tmp_path: Path) -> None:
+    """In the run's folder or in a named one; the second time without the data, if nobody wants to look at them."""
+    with pytest.raises(ValueError, match="holds no finished cache"):
+        RunPairs(config.model_copy(update={"check_source": False}), tmp_path / "run")
+    with pytest.raises(ValueError, match="is no folder; check the path"):
+        RunPairs(config.model_copy(update={"train_data_dir": tmp_path / "nowhere"}), tmp_path / "run")
+    pairs = RunPairs(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="is of still images, and the model draws videos"):
+        pairs.read(Clips())
+    pairs.read(encoder)
+    made = pairs.encoded(encoder)
+    assert made.folder.parent == tmp_path / "run" / "cache"
+    assert len(made) == 2
+    winners = RunPairs(config, tmp_path / "run", winners_only=True)
+    winners.read(encoder)
+    assert winners.encoded(encoder).folder != made.folder
+    shutil.rmtree(tmp_path / "raw")
+    trusting = config.model_copy(update={"check_source": False, "encoded_dir": tmp_path / "run" / "cache"})
+    for known, winners_only in ((made, False), (winners.encoded(encoder), True)):
+        again = RunPairs(trusting, tmp_path / "elsewhere", winners_only=winners_only)
+        again.read(encoder)
+        assert again.encoded(encoder).folder == known.folder
+
+
+class Clips:
+    is_video = True
 
 
 def test_caches_keep_their_names(encoder: Any) -> None:

@@ -204,6 +204,7 @@ def test_full_fine_tuning_saves_the_unet(start: Any, tiny_pipeline: Path) -> Non
 def test_half_precision_trains_with_single_precision_weights(start: Any) -> None:
     trainer, source, config = start(max_train_steps=2, mixed_precision="bf16")
     folder = fit(trainer, source, config)
+    assert trainer.policy.autocast == torch.bfloat16
     assert {p.dtype for p in trainer.policy.trainable_parameters()} == {torch.float32}
     assert column(folder, "loss")[0] == float(torch.tensor(math.log(2)))
 

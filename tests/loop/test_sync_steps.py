@@ -19,6 +19,7 @@ from diffalign.checkpoints import CheckpointFolder, load
 from diffalign.failures import NonFiniteLossError
 from diffalign.loop import fit
 from tests.loop.results import Changed, column, same, trained_file
+from tests.methods import METHODS, learn
 
 TOGETHER = {"fused_optimizer": True, "sync_steps": 4}
 ON_THE_CPU = ("randomness.py", "schedules.py", "timesteps.py", "encoded.py", "source.py")
@@ -164,6 +165,15 @@ def test_a_bad_gradient_that_is_seen_late_never_reached_the_weights(start: Any) 
         fit(trainer, source, config)
     state = load(Path(config.output_dir) / "checkpoint-2", {"training": config.model_dump(mode="json")})
     assert same(state["weights"], {name: p.detach() for name, p in trainer.policy.named_trainable()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_with_steps_that_are_read_together(name: str, tmp_path: Path) -> None:
+    """What tests/gpu runs where waiting is refused; that no loss waits, `tests/trainers/test_no_waiting.py` says."""
+    losses = learn(name, tmp_path, 3)
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,6 +110,39 @@ def test_retried_are_429_and_5xx(status):
         assert float(connect(address)(PICTURE, "p")) == 3
         assert len(seen) == 3
         assert len(set(seen)) == 1
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    """What a caller gets from a server whose queue is full."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+BREAKS: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
+    "reset": reset,
+    "closed": lambda handler: None,
+    "cut": lambda handler: send(handler, 200, good(5), {"Content-Length": "5000"}),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_connections_that_break_are_tried_again(how: str) -> None:
+    def answer(handler: BaseHTTPRequestHandler, number: int) -> None:
+        if number < 3:
+            BREAKS[how](handler)
+        else:
+            send(handler, 200, good(3))
+
+    with answering(answer) as (address, seen):
+        assert float(connect(address)(PICTURE, "p")) == 3
+        assert len(seen) == 3
+        assert len(set(seen)) == 1
+    with answering(lambda handler, _: BREAKS[how](handler)) as (address, seen):
+        output = connect(address).score(PICTURE, "p", on_invalid="nan")
+        assert len(seen) == 3
+    assert not output.valid.any()
+    assert "the connection to 127.0.0.1 failed: " in str(output.errors[0])
+    assert "(3 attempts)" in str(output.errors[0])
 
 
 @pytest.mark.parametrize(

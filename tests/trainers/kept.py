@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from diffalign.batches import PairBatch
+from diffalign.inversions import InvertedPairs, below
 from diffalign.processes import Processes
 from tests.trainers.winners import COUNT, write_index
 
@@ -25,6 +29,21 @@ def pairs_folder(folder: Path) -> Path:
     names = [(f"p{n}", f"a photo of {n} stars", f"{n}.png", f"{COUNT + n}.png") for n in range(COUNT)]
     write_index(folder, [dict(zip(("id", "prompt", "chosen", "rejected"), name, strict=True)) for name in names])
     return folder
+
+
+def inverted_pairs(trainer: Any, batch: PairBatch) -> InvertedPairs:
+    """The batch as an `InvertedSource` gives it."""
+    grid, timesteps = trainer.grid(), trainer.draw_timesteps(batch.draws)
+    states = trainer.invert_to_grid(torch.cat([batch.chosen, batch.rejected]), batch.conditioning.repeat(2))
+    levels: Tensor = below(grid, timesteps)
+    chosen, rejected = states[torch.arange(len(states)), levels.repeat(2)].chunk(2)
+    return InvertedPairs(
+        **vars(batch),
+        start_chosen=chosen,
+        start_rejected=rejected,
+        start_levels=grid[levels],
+        captions=batch.conditioning,
+    )
 
 
 class Killed(BaseException):

@@ -22,7 +22,7 @@ from diffalign.data import DataConfig, EncodedPairs, PairSource, encode_pairs, l
 from diffalign.inversions import Inversions, InvertedPairs, InvertedSource
 from diffalign.trainers.inpo import InPO, InPOConfig
 from tests.trainers.gaussian import GaussianPolicy, random_pairs, some_draws
-from tests.trainers.kept import Killed, Sharing, contents, metrics, pairs_folder
+from tests.trainers.kept import Killed, Sharing, contents, inverted_pairs, metrics, pairs_folder
 from tests.trainers.winners import COUNT, winners_config
 
 T = TypeVar("T")
@@ -42,28 +42,13 @@ class Told(GaussianPolicy):
         return self
 
 
-def kept(trainer: InPO, batch: PairBatch) -> InvertedPairs:
-    """The batch as an `InvertedSource` gives it."""
-    grid, timesteps = trainer.grid(), trainer.draw_timesteps(batch.draws)
-    states = trainer.invert_to_grid(torch.cat([batch.chosen, batch.rejected]), batch.conditioning.repeat(2))
-    levels = torch.tensor([int((grid < t).nonzero().max()) for t in timesteps])
-    chosen, rejected = states[torch.arange(len(states)), levels.repeat(2)].chunk(2)
-    return InvertedPairs(
-        **vars(batch),
-        start_chosen=chosen,
-        start_rejected=rejected,
-        start_levels=grid[levels],
-        captions=batch.conditioning,
-    )
-
-
 # --- without files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 10, 20])
 def test_a_walk_that_starts_from_the_grid_arrives_where_the_whole_walk_does(steps: int) -> None:
     trainer, batch = InPO(Told(), inversion_steps=steps, **CACHED), random_pairs(32)
-    whole, rest = trainer.noisy_states(batch), trainer.noisy_states(kept(trainer, batch))
+    whole, rest = trainer.noisy_states(batch), trainer.noisy_states(inverted_pairs(trainer, batch))
     torch.testing.assert_close(rest.noisy_latents, whole.noisy_latents, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rest.target, whole.target, rtol=1e-12, atol=1e-12)
     assert torch.equal(rest.timesteps, whole.timesteps)
@@ -72,7 +57,7 @@ def test_a_walk_that_starts_from_the_grid_arrives_where_the_whole_walk_does(step
 def test_what_is_left_of_the_walk_is_one_move() -> None:
     policy, batch = Told(), random_pairs(4)
     trainer = InPO(policy, **CACHED)
-    pairs = kept(trainer, batch)
+    pairs = inverted_pairs(trainer, batch)
     policy.told.clear()
     trainer.noisy_states(pairs)
     assert policy.told == [trainer.draw_timesteps(batch.draws).repeat(2).tolist()]
@@ -93,7 +78,7 @@ def test_the_grid_has_the_levels_below_some_timestep(options: Any, grid: list[in
 
 def test_batches_of_the_wrong_kind_are_errors() -> None:
     trainer, batch = InPO(Told(), **CACHED), random_pairs(4)
-    pairs = kept(trainer, batch)
+    pairs = inverted_pairs(trainer, batch)
     with pytest.raises(TypeError, match="with cache_inversion=true InPO learns from InvertedPairs, got a PairBatch"):
         trainer.loss(batch)
     with pytest.raises(TypeError, match="with cache_inversion=false .* not inverted before, got a InvertedPairs"):
@@ -115,7 +100,7 @@ def test_fixed_pairs_are_validated_by_a_whole_walk() -> None:
 
 def test_a_batch_moves_and_is_saved_for_replay_with_all_it_holds() -> None:
     trainer = InPO(Told(), **CACHED)
-    pairs = kept(trainer, random_pairs(2))
+    pairs = inverted_pairs(trainer, random_pairs(2))
     moved = pairs.to("cpu", torch.bfloat16)
     assert moved.start_chosen.dtype == moved.start_rejected.dtype == torch.bfloat16
     assert moved.captions.tensors["hidden"].dtype == torch.bfloat16
@@ -273,6 +258,18 @@ def test_inversions_of_another_origin_are_errors(
     (folder / "000001.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"000001.safetensors is not a readable safetensors file .*; remove it"):
         begun(policy, encoded, tmp_path)
+
+
+@pytest.mark.slow
+def test_inversions_say_what_they_were_rounded_to(encode: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """All weights trained are float32 in both runs; what inverts is the frozen copy."""
+    half: Any = load_policy(str(tiny_pipeline), train=True, dtype=torch.bfloat16)
+    plain: Any = load_policy(str(tiny_pipeline), train=True)
+    assert (half.autocast, plain.autocast) == (torch.bfloat16, None)
+    begun(plain, encode(), tmp_path)
+    assert "autocast" not in json.loads((tmp_path / "inversions" / "settings.json").read_text())
+    with pytest.raises(ValueError, match=r'holds results of other settings \(autocast none -> "bfloat16"\)'):
+        begun(half, encode(), tmp_path)
 
 
 @pytest.mark.slow
