@@ -126,7 +126,7 @@ def _hold(modules: Iterable[Any], name: str) -> int:
     """Holds modules to a kernel; returns how many call PyTorch's function, themselves or through diffusers."""
     reached = 0
     for processor in (module.processor for module in modules):
-        stock = getattr(processor, "stock", type(processor))
+        stock: Any = getattr(processor, "stock", type(processor))
         called = inspect.unwrap(stock.__call__).__code__.co_names
         if not {"scaled_dot_product_attention", "dispatch_attention_fn"}.isdisjoint(called):
             processor.__class__ = _held(stock, name)
@@ -137,16 +137,16 @@ def _hold(modules: Iterable[Any], name: str) -> int:
 @functools.cache
 def _held(kind: type, name: str) -> type:
     """A kind of processor whose attention takes one kernel in every pass, those of recomputation included."""
-    call: Callable[..., Any] = kind.__call__  # type: ignore[operator]
+    call: Callable[..., Any] = kind.__call__
 
     @functools.wraps(call)  # modules pass on those arguments that its signature names
     def held(self: Any, attention: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # what fails there is run again as it is, and fails below
+        if torch.compiler.is_compiling():  # handling errors would break the graph
             with sdpa_kernel(KERNELS[name]):
                 return call(self, attention, hidden_states, *args, **kwargs)
         return _run(name, functools.partial(call, self, attention, hidden_states, *args, **kwargs), hidden_states)
 
-    return type(kind.__name__, (kind,), {"__call__": held, "kernel": name, "stock": kind})
+    return type(kind.__name__, (kind,), {"__call__": held, "stock": kind})
 
 
 def _run(name: str, attend: Callable[[], Any], numbers: torch.Tensor) -> Any:
