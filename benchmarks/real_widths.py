@@ -6,8 +6,8 @@ weights, and one way to make a step, measured in the real loop on random pairs i
     python -m benchmarks.real_widths                              every cell that is not in the record yet
     python -m benchmarks.real_widths --minutes 9                  ... for so long; call it again to go on
     python -m benchmarks.real_widths --only 'sdxl-1024/*'         cells whose name fits a pattern
-    python -m benchmarks.real_widths --ways cached+sdpa-cudnn     other ways, see benchmarks/ways.py
-    python -m benchmarks.real_widths --trace 'sd15-512/lora/*/cached'   three steps under the profiler
+    python -m benchmarks.real_widths --ways cached+attention=_native_cudnn    other ways, see benchmarks/ways.py
+    python -m benchmarks.real_widths --trace 'sd15-512/lora/*/cached'         three steps under the profiler
     python -m benchmarks.real_widths --tiny                       small widths of each family, on a CPU
     python -m benchmarks.real_widths --table                      the table of the record that is there
 
@@ -94,7 +94,7 @@ def measure(cell: Cell, options: argparse.Namespace, device: torch.device, trace
         lora=cell.mode == "lora",
         dtype=dtype,
         device=device,
-        attention=cell.way.model_attention,
+        attention=cell.way.attention,
     )
     profiler = Profiler(device, trace) if device.type == "cuda" or trace is not None else None
     shared = {"steps": options.steps, "warmup": options.warmup, "rounds": options.rounds, "profiler": profiler}

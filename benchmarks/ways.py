@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.architectures import Architecture
 from diffalign.checkpointing import recompute_activations
@@ -26,12 +25,6 @@ SWITCHES = {
 """Switches of a step and what they do."""
 EXCLUSIVE = (("compile", "compile-blocks"), ("checkpointing", "selective"))
 FOR_UNETS = frozenset({"channels_last", "cudnn_benchmark"})
-SDPA = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-"""Attention kernels that PyTorch's own function can be held to; other names are those of `model.attention`."""
 PLAIN = "plain"
 
 
@@ -42,7 +35,7 @@ class Way:
     Attributes:
         start: "plain" as public scripts do it, or `diffalign.fit` with a "live" or a "cached" reference.
         switches: Of `SWITCHES`.
-        attention: "native", a name of `SDPA`, or one that `diffalign.attention.set_attention` knows.
+        attention: See `diffalign.attention.set_attention`.
     """
 
     start: Literal["plain", "live", "cached"]
@@ -51,7 +44,7 @@ class Way:
 
     @classmethod
     def parse(cls, text: str) -> Way:
-        """The way of a name: where it starts, then switches, then "attention=NAME" or a name of `SDPA`.
+        """The way of a name: where it starts, then switches, then "attention=NAME".
 
         Raises:
             ValueError: If there is no such way.
@@ -59,11 +52,11 @@ class Way:
         start, *rest = text.split("+")
         if start not in ("plain", "live", "cached"):
             raise ValueError(f"way {text!r}: expected plain, live or cached first, found {start!r}")
-        attention = [word.removeprefix("attention=") for word in rest if word in SDPA or word.startswith("attention=")]
-        switches = [word for word in rest if word not in SDPA and not word.startswith("attention=")]
+        attention = [word.removeprefix("attention=") for word in rest if word.startswith("attention=")]
+        switches = [word for word in rest if not word.startswith("attention=")]
         unknown = sorted(set(switches) - set(SWITCHES))
         if unknown or len(attention) > 1 or len(set(rest)) < len(rest):
-            known = ", ".join((*SWITCHES, *SDPA, "attention=NAME"))
+            known = ", ".join((*SWITCHES, "attention=NAME"))
             found = unknown[0] if unknown else text
             raise ValueError(f"way {text!r}: expected some of {known}, each once and one attention, found {found!r}")
         if start == PLAIN and rest:
@@ -77,13 +70,8 @@ class Way:
 
     def __str__(self) -> str:
         named = [name for name in SWITCHES if name in self.switches]
-        other = [] if self.attention == "native" else [self.attention]
-        return "+".join([self.start, *named, *(n if n in SDPA else f"attention={n}" for n in other)])
-
-    @property
-    def model_attention(self) -> str:
-        """What the model is told of attention."""
-        return "native" if self.attention in SDPA else self.attention
+        other = [] if self.attention == "native" else [f"attention={self.attention}"]
+        return "+".join([self.start, *named, *other])
 
     def fit_for(self, is_unet: bool) -> Way:
         """The way without switches that only help convolutions, if there are none."""
@@ -105,15 +93,15 @@ class Way:
 
     @contextmanager
     def on(self, policy: Any, backend: str | None = None) -> Iterator[dict[str, Any]]:
-        """Switches a policy over; gives settings of the loop. What is global is as before when the block ends.
+        """Switches a policy over, whose attention has been chosen when it was built; gives settings of the loop.
+
+        What was compiled is forgotten when the block ends.
 
         Args:
             policy: What is trained.
             backend: Of `torch.compile`; None takes inductor on a GPU and "eager", which only captures, on a CPU.
         """
         with ExitStack() as undo:
-            if self.attention in SDPA:
-                undo.enter_context(sdpa_kernel(SDPA[self.attention]))
             if "channels_last" in self.switches:
                 policy.to_channels_last()
             selective = "selective" in self.switches
@@ -123,12 +111,12 @@ class Way:
                 mode = "reduce-overhead" if "cudagraphs" in self.switches else None
                 policy.compile(backend, mode, blocks="compile-blocks" in self.switches)
                 undo.callback(torch.compiler.reset)
-            if "cudnn_benchmark" in self.switches:
-                undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-                torch.backends.cudnn.benchmark = True
-            yield (
-                {"fused_optimizer": True, "sync_steps": 10} if "fused" in self.switches else {"fused_optimizer": False}
-            )
+            together = {"sync_steps": 10} if "fused" in self.switches else {}
+            yield {
+                "fused_optimizer": "fused" in self.switches,
+                "cudnn_benchmark": "cudnn_benchmark" in self.switches,
+                **together,
+            }
 
 
 _ALL = "channels_last+fused"

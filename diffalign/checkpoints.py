@@ -156,6 +156,7 @@ FREE_TO_CHANGE = (
     "model.channels_last",
     "model.vae_slicing",
     "training.fused_optimizer",
+    "training.cudnn_benchmark",
 )
 """Settings that may differ when a run is resumed: they do not change the numbers of the steps to come, except for the
 rounding of the fastest ones."""

@@ -59,7 +59,8 @@ class ModelConfig(_Strict):
         lora: Adapters to train; leave out for full fine-tuning.
         adapter: Trained weights that `train` goes on from, and the reference with it, or that `pairs` and `evaluate`
             use, as a run's output folder holds them. If it is a LoRA, that one is trained further; leave out `lora`.
-        attention: "native", "xformers", or a diffusers attention backend.
+        attention: "native", "xformers", or a diffusers attention backend. "_native_flash", "_native_cudnn",
+            "_native_efficient" and "_native_math" hold any model to one of PyTorch's own kernels.
         gradient_checkpointing: Recompute activations in the backward pass to save memory. True: all of each block's,
             for one more forward pass. "selective": all but what convolutions, attention and narrowing products give.
         resolution: Side in pixels of what is encoded and drawn, or [height, width]; None takes `data.resolution`, and
@@ -112,6 +113,11 @@ class TrainingConfig(_Strict):
             accelerators.
         max_grad_norm: Global norm to clip at; 0 switches clipping off.
         mixed_precision: "no", "fp16" or "bf16"; trained weights and errors stay float32.
+        allow_tf32: Let matrix products in float32 round their factors to TF32's 10 bits on NVIDIA GPUs that can, for as
+            long as the run lasts. False leaves them as they are in the process. Convolutions in float32 do so in either
+            case, as PyTorch allows it to cuDNN by itself.
+        cudnn_benchmark: Let cuDNN time its algorithms for every new shape of a convolution and take the fastest, for as
+            long as the run lasts; for UNets on NVIDIA GPUs.
         use_ema: Keep a moving average of the trained weights, saved under `ema/`.
         ema_decay: Its decay per optimizer step.
         logging_steps: A line in metrics.jsonl every so many optimizer steps.
@@ -147,6 +153,8 @@ class TrainingConfig(_Strict):
     adam_epsilon: float = 1e-8
     max_grad_norm: float = Field(default=1.0, ge=0)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    allow_tf32: bool = False
+    cudnn_benchmark: bool = False
     use_ema: bool = False
     ema_decay: float = Field(default=0.9999, gt=0, lt=1)
     logging_steps: int = Field(default=1, ge=1)

@@ -40,14 +40,17 @@ FEATURES = (
 )
 """Feature, distribution, and the command that installs it."""
 
-_NEWER = "transformers with a backend switch, not the Stable Diffusion UNets"
+_SWITCHED = "FLUX, FLUX.2, Qwen-Image, Z-Image, Wan, LTX and HunyuanVideo"
+_HALF = "every model, in bf16 or fp16"
 ATTENTION = (
-    ("native", None, "", False, "PyTorch's own, every model"),
+    ("native", None, "", False, "every model: PyTorch's choice of its kernels"),
+    ("_native_flash", None, "", False, f"{_HALF} on GPUs, where its attention has no mask"),
+    ("_native_cudnn", None, "", True, _HALF),
+    ("_native_efficient", None, "", True, "every model"),
+    ("_native_math", None, "", False, "every model"),
     ("xformers", "xformers", "pip install 'diffalign[xformers]'", True, "every image model"),
-    ("flash", "flash-attn", "pip install flash-attn --no-build-isolation", True, _NEWER),
-    ("sage", "sageattention", "pip install 'sageattention>=2.1.1'", True, _NEWER),
-    ("_native_cudnn", None, "", True, _NEWER),
-    ("_native_flash", None, "", True, _NEWER),
+    ("flash", "flash-attn", "pip install flash-attn --no-build-isolation", True, _SWITCHED),
+    ("sage", "sageattention", "pip install 'sageattention>=2.1.1'", True, _SWITCHED),
 )
 """Name in the config, distribution, install command, whether it needs a CUDA device, and which models it reaches."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -45,6 +47,21 @@ class Terminated:
     def __exit__(self, *_: object) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+
+
+@contextmanager
+def kernel_settings(config: TrainingConfig) -> Iterator[None]:
+    """What a run wants of the kernels of the whole process; all is as it was when the block ends."""
+    switches = (
+        (config.allow_tf32, torch.backends.cuda.matmul, "allow_tf32"),
+        (config.cudnn_benchmark, torch.backends.cudnn, "benchmark"),
+    )
+    with ExitStack() as undo:
+        for wanted, backend, name in switches:
+            if wanted:
+                undo.callback(setattr, backend, name, getattr(backend, name))
+                setattr(backend, name, True)
+        yield
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:

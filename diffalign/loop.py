@@ -27,7 +27,7 @@ from diffalign.batches import PairBatch
 from diffalign.checkpoints import CheckpointFolder
 from diffalign.config import TrainingConfig
 from diffalign.failures import NonFiniteLossError, NumberGuard, replay
-from diffalign.launching import Terminated, anyone, check_wrapped, largest, make_accelerator
+from diffalign.launching import Terminated, anyone, check_wrapped, kernel_settings, largest, make_accelerator
 from diffalign.monitor import EarlyWarnings, MetricsFile
 from diffalign.optimizers import make_optimizer
 from diffalign.step_records import StepRecord, read_values
@@ -95,7 +95,8 @@ def fit(
             f"{config.gradient_accumulation_steps}; make it with make_accelerator(config)"
         )
     run = _Run(trainer, source, config, settings or {"training": config.model_dump(mode="json")}, accelerator)
-    return run.go(validate)
+    with kernel_settings(config):
+        return run.go(validate)
 
 
 class _Run:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from diffalign import checkpoints
+from diffalign.attention import check_kernel
 from diffalign.backbones import LoRA, ModelSource, inspect_model
 from diffalign.backbones.loading import check_gradient_checkpointing, check_options, check_repeated_blocks, policy_class
 from diffalign.backbones.precision import DTYPES
@@ -177,8 +178,13 @@ def checked(config: RunConfig) -> ModelSource:
 
 
 def training_policy(config: RunConfig, source: ModelSource, device: torch.device) -> Policy:
-    """The policy of a run, ready to be trained."""
+    """The policy of a run, ready to be trained.
+
+    Raises:
+        ValueError: If something that `config.model` asks for cannot be had; of attention before any weights load.
+    """
     model = config.model
+    check_kernel(model.attention, device, DTYPES[config.training.mixed_precision])
     policy: Any = load_model(
         model,
         source,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffalign import doctor
+from diffalign.attention import KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,13 @@ def test_attention_that_needs_cuda_says_so_without_one() -> None:
     assert doctor._attention(*row[:1], "numpy", *row[2:], cuda=False)["missing"] == ["a CUDA device"]
     nothing = doctor._attention(*row[:1], "no-such-package-here", *row[2:], cuda=False)
     assert nothing["missing"] == ["no-such-package-here", "a CUDA device"]
+
+
+def test_pytorchs_kernels_are_named_with_what_they_need() -> None:
+    rows = {row[0]: doctor._attention(*row, cuda=False) for row in doctor.ATTENTION}
+    assert rows.keys() >= KERNELS.keys()
+    assert [name for name in KERNELS if not rows[name]["missing"]] == ["_native_flash", "_native_math"]
+    assert all(rows[name]["reaches"].startswith("every model") for name in KERNELS)
 
 
 def test_assets_are_looked_for_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ SD15, SDXL, SD35, WAN = (TINY[name] for name in ("sd15-512", "sdxl-1024", "sd35m
 
 
 def measured(architecture: Any, way: str, *, lora: bool, **options: Any) -> dict[str, Any]:
-    policy = build(architecture, lora=lora, dtype=torch.float32, device=CPU)
     parsed = Way.parse(way)
+    policy = build(architecture, lora=lora, dtype=torch.float32, device=CPU, attention=parsed.attention)
     with parsed.on(policy) as training:
         return steps.measure(
             policy,
@@ -82,10 +82,10 @@ def test_the_peak_is_that_of_a_matrix_product() -> None:
 
 
 def test_ways_are_read_from_their_names() -> None:
-    way = Way.parse("cached+fused+compile+sdpa-cudnn")
-    assert str(way) == "cached+compile+fused+sdpa-cudnn"
-    assert (way.start, way.attention, way.model_attention) == ("cached", "sdpa-cudnn", "native")
-    assert Way.parse("live+attention=flash").model_attention == "flash"
+    way = Way.parse("cached+fused+attention=_native_cudnn+compile")
+    assert str(way) == "cached+compile+fused+attention=_native_cudnn"
+    assert (way.start, way.attention) == ("cached", "_native_cudnn")
+    assert Way.parse("live").attention == "native"
     for known in DEFAULT:
         assert Way.parse(str(known)) == known
 
@@ -96,7 +96,7 @@ def test_ways_are_read_from_their_names() -> None:
         ("fast", "expected plain, live or cached first, found 'fast'"),
         ("live+faster", "found 'faster'"),
         ("live+fused+fused", "each once"),
-        ("live+sdpa-flash+sdpa-cudnn", "one attention"),
+        ("live+attention=flash+attention=sage", "one attention"),
         ("plain+fused", "the plain step has no switches"),
         ("live+compile+compile-blocks", "exclude each other"),
         ("live+checkpointing+selective", "exclude each other"),
@@ -123,7 +123,9 @@ def test_cells_leave_out_what_an_architecture_does_not_know() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["cached+fused", "live+channels_last+checkpointing", "cached+selective+sdpa-flash"])
+@pytest.mark.parametrize(
+    "way", ["cached+fused", "live+channels_last+checkpointing", "cached+selective+attention=_native_math"]
+)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_every_switch_trains_the_same_model(way: str, lora: bool, plain_losses: dict[bool, list[float]]) -> None:
     found = measured(SD15, way, lora=lora)
@@ -136,13 +138,12 @@ def plain_losses() -> dict[bool, list[float]]:
     return {lora: measured(SD15, "live", lora=lora)["losses"] for lora in (True, False)}
 
 
-def test_switches_are_off_again_after_their_cell() -> None:
+def test_some_switches_are_settings_of_the_loop() -> None:
     policy = build(SD35, lora=True, dtype=torch.float32, device=CPU)
-    before = torch.backends.cudnn.benchmark
     with Way.parse("cached+cudnn_benchmark").on(policy) as training:
-        assert torch.backends.cudnn.benchmark
-        assert training == {"fused_optimizer": False}
-    assert torch.backends.cudnn.benchmark == before
+        assert training == {"fused_optimizer": False, "cudnn_benchmark": True}
+    with Way.parse("live+fused").on(policy) as training:
+        assert training == {"fused_optimizer": True, "cudnn_benchmark": False}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
