@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.architectures import Architecture, build
+from benchmarks.architectures import Architecture
+from benchmarks.building import build
 from diffalign.batches import Conditioning
 from diffalign.checkpointing import Recompute, is_kept
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from benchmarks import memory
 from benchmarks.activations import Activations, count, count_of
-from benchmarks.architectures import TINY, build
+from benchmarks.building import build
+from benchmarks.tiny_widths import TINY
 from diffalign.batches import Conditioning
 from diffalign.checkpointing import Recompute, recompute_activations
 
