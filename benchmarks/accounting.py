@@ -17,11 +17,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from itertools import product
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.architectures import PUBLISHED, Architecture, build
+from benchmarks.architectures import Architecture
+from benchmarks.building import build
+from benchmarks.published_widths import PUBLISHED
 from diffalign.batches import Conditioning
 
 UNITS = {"full": 8, "lora": 6}
@@ -88,12 +91,11 @@ def table(peak_tflops: float) -> str:
     for architecture in PUBLISHED.values():
         counted = count_tflop(architecture)
         accounted = architecture.forward_tflop or counted
-        for mode in UNITS:
-            for cached in (False, True):
-                worth = units(mode, cached=cached)
-                goals = [f"{goal(one, worth, accounted, peak_tflops):.3g}" for one in GOALS]
-                named = [f"{mode}, cached reference" if cached else mode, str(worth), *goals]
-                lines.append(f"| {' | '.join([architecture.name, f'{counted:.4g}', f'{accounted:.4g}', *named])} |")
+        for mode, cached in product((one for one in UNITS if one in architecture.pairs), (False, True)):
+            worth = units(mode, cached=cached)
+            goals = [f"{goal(one, worth, accounted, peak_tflops):.3g}" for one in GOALS]
+            named = [f"{mode}, cached reference" if cached else mode, str(worth), *goals]
+            lines.append(f"| {' | '.join([architecture.name, f'{counted:.4g}', f'{accounted:.4g}', *named])} |")
     return "\n".join(lines)
 
 

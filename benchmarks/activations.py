@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.architectures import Architecture, build
+from benchmarks.architectures import Architecture
+from benchmarks.building import build
 from diffalign.batches import Conditioning
 from diffalign.checkpointing import Recompute, is_kept
 
@@ -151,8 +152,9 @@ class _Fused(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
-            tensors = [tensor.to(torch.bfloat16) for tensor in args]  # autocast does not know the kernel by this name
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) <= 3:
+            given = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))  # diffusers: by name
+            tensors = [tensor.to(torch.bfloat16) for tensor in given]  # autocast does not know the kernel by this name
             scale = kwargs.get("scale")
             return torch.ops.aten._scaled_dot_product_flash_attention(*tensors, scale=scale)[0]
         return func(*args, **kwargs)

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.activations import Activations, count
-from benchmarks.architectures import PUBLISHED, TINY, Architecture, build
+from benchmarks.architectures import Architecture
+from benchmarks.building import build
 from benchmarks.machine import machine
+from benchmarks.published_widths import PUBLISHED
 from benchmarks.records import RESULTS, publish
+from benchmarks.tiny_widths import TINY
 from diffalign.checkpointing import Recompute
 from diffalign.config import TrainingConfig
 from diffalign.estimate import optimizer_bytes
@@ -44,7 +47,7 @@ class Plan:
     """What is trained and how.
 
     Attributes:
-        architecture: Name in `benchmarks.architectures`.
+        architecture: Name in `benchmarks/published_widths.py`.
         mode: "lora" or "full".
         optimizer: As `training.optimizer`.
         aim: Gigabytes (10^9 bytes) it should need less than; None without an aim.

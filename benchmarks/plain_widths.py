@@ -4,7 +4,8 @@ Pictures and prompts are encoded at every step, by autoencoder and text encoders
 answers in a forward pass of its own; the optimizer is AdamW as it comes; the loss is read at every step; nothing is
 compiled. Pictures arrive decoded and resized, as a script's data loader hands them over from its own processes, and
 noise is drawn on the accelerator. Weights that are not trained are in half precision, and both forward passes run under
-the same autocast, as in a careful script.
+the same autocast, as in a careful script. Activations are recomputed where the other ways recompute them too. What
+differs between families is in `benchmarks/plain_families.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.architectures import Architecture, add_encoders
+from benchmarks.architectures import Architecture
+from benchmarks.building import add_encoders
+from benchmarks.plain_families import FAMILIES
 from benchmarks.profiling import Profiler
 from benchmarks.steps import BETA, PROFILED, Timeline, split_of, summary, synchronise
 from diffalign.batches import Conditioning
@@ -26,29 +29,30 @@ PARTS = ("images", "text", "reference", "policy", "backward", "optimizer")
 
 
 class PlainStep:
-    """Trains a policy on random pictures, step after step.
+    """Trains a policy on random pictures or videos, step after step.
 
     Args:
         policy: With adapters, or with all weights trained.
-        architecture: Its own, which has encoders.
+        architecture: Its own.
         batch_size: Pairs of a step.
         dtype: Of autocast and the encoders; float32 for none.
 
     Attributes:
+        pictures: The chosen ones first, [2B, 3, H, W] or [2B, 3, T, H, W], uint8 on the CPU.
         timeline: When parts of the steps began and ended.
         losses: Of every step.
     """
 
     def __init__(self, policy: Any, architecture: Architecture, batch_size: int, dtype: torch.dtype) -> None:
-        if not architecture.encoders:
-            raise ValueError(f"{architecture.name} has no encoders here; a plain step needs an autoencoder and texts")
         add_encoders(policy, architecture, dtype)
+        if architecture.checkpointed:
+            policy.denoiser.enable_gradient_checkpointing()
         self.policy, self.reference, self.dtype = policy, policy.frozen(), dtype
         self.pipeline, self.device = policy.pipeline, policy.device
+        self.family = FAMILIES[architecture.family]
         self.optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-5)
-        self.alphas_cumprod = self.pipeline.scheduler.alphas_cumprod.to(self.device)
         draw = torch.Generator().manual_seed(0)
-        shape = (2 * batch_size, 3, *architecture.size)
+        shape = (2 * batch_size, *architecture.pixels)
         self.pictures = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
         self.prompts = [f"a photo of thing number {number}" for number in range(batch_size)]
         self.timeline = Timeline(self.device)
@@ -59,20 +63,17 @@ class PlainStep:
         self.timeline.begin_step()
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with self.timeline.part("images"), torch.no_grad():
-            latents = self._latents()
+            pixels = self.pictures.to(self.device).to(self.dtype) / 127.5 - 1
+            latents = self.family.latents(self.pipeline, pixels).float()
         with self.timeline.part("text"), torch.no_grad():
-            embedded = self._text().repeat(2)
-        count = len(latents) // 2
-        timesteps = torch.randint(0, len(self.alphas_cumprod), (count,), device=self.device).repeat(2)
-        noise = torch.randn_like(latents[:count]).repeat(2, 1, 1, 1)
-        kept = self.alphas_cumprod[timesteps][:, None, None, None]
-        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+            embedded = Conditioning(self.family.text(self.pipeline, self.prompts)).repeat(2)
+        noisy, timesteps, target = self.family.noised(self.pipeline, latents)
         with self.timeline.part("reference"), torch.no_grad(), autocast:
-            reference = self._errors(self.reference.predict(noisy, timesteps, embedded), noise)
+            reference = _errors(self.reference.predict(noisy, timesteps, embedded), target)
         with self.timeline.part("policy"):
             with autocast:
                 prediction = self.policy.predict(noisy, timesteps, embedded)
-            won, lost = (self._errors(prediction, noise) - reference).chunk(2)
+            won, lost = (_errors(prediction, target) - reference).chunk(2)
             loss = -F.logsigmoid(-0.5 * BETA * (won - lost)).mean()
         with self.timeline.part("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
@@ -82,27 +83,10 @@ class PlainStep:
             self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(float(loss.detach()))
 
-    def _latents(self) -> Tensor:
-        vae = self.pipeline.vae
-        pixels = self.pictures.to(self.device).to(self.dtype) / 127.5 - 1
-        latents: Tensor = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-        return latents.float()
 
-    def _text(self) -> Conditioning:
-        pipeline = self.pipeline
-        ids = pipeline.tokenizer(
-            self.prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.device)
-        first = pipeline.text_encoder(ids, output_hidden_states=True)
-        if getattr(pipeline, "text_encoder_2", None) is None:
-            return Conditioning({"hidden": first.last_hidden_state})
-        second = pipeline.text_encoder_2(ids, output_hidden_states=True)
-        hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return Conditioning({"hidden": hidden, "pooled": second.text_embeds})
-
-    @staticmethod
-    def _errors(prediction: Tensor, noise: Tensor) -> Tensor:
-        return (prediction.float() - noise).square().mean((1, 2, 3))
+def _errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every sample, [2B]."""
+    return (prediction.float() - target).square().flatten(1).mean(1)
 
 
 def measure(

@@ -1,7 +1,8 @@
-"""Training steps of SD1.5, SDXL, SD3.5-medium and Wan 2.1 at their published widths: `make bench-gpu`.
+"""Training steps of SD1.5, SDXL, SD3.5-medium, Wan 2.1 and FLUX.1-dev at their published widths: `make bench-gpu`.
 
-Weights are random, which changes no time; encoders are not in memory. Every cell of the table is one model, LoRA or all
-weights, and one way to make a step, measured in the real loop on random pairs in the place of a filled cache:
+Weights are random, which changes no time. Every cell of the table is one model, LoRA or all weights, and one way to
+make a step. "plain" encodes with the published encoders at every step (`benchmarks/plain_widths.py`); the others run
+the real loop on random pairs in the place of a filled cache, without encoders in memory:
 
     python -m benchmarks.real_widths                              every cell that is not in the record yet
     python -m benchmarks.real_widths --minutes 9                  ... for so long; call it again to go on
@@ -14,7 +15,7 @@ weights, and one way to make a step, measured in the real loop on random pairs i
 A cell that does not fit into memory, or fails, is a line that says so. The record is written after every cell. Columns:
 pairs per second, as the median of the rounds; that over the plain step's of the same model and batch; MFU, useful work
 over the chip's peak (`benchmarks/accounting.py`); pairs per second at the goals; peak memory; how a step's time splits;
-and the share of the time in which no kernel ran.
+and the share of the time in which no kernel ran. A cell that was measured at another commit than the newest says so.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ import torch
 
 from benchmarks import plain_widths, steps
 from benchmarks.accounting import GOALS, count_tflop, goal, measure_peak, share, units
-from benchmarks.architectures import PUBLISHED, TINY, Architecture, build
+from benchmarks.architectures import Architecture
+from benchmarks.building import build
 from benchmarks.machine import device_name, machine
 from benchmarks.profiling import Profiler
+from benchmarks.published_widths import PUBLISHED
+from benchmarks.tiny_widths import TINY
 from benchmarks.ways import DEFAULT, PLAIN, QUICK, Way
 from diffalign.resumable import read_object, write_atomically
 
@@ -80,7 +84,7 @@ def cells(architectures: Iterable[Architecture], ways: Iterable[Way], batch_size
     found: dict[str, Cell] = {}
     for way, architecture, mode in product(ways, architectures, MODES):
         possible = way.adapted(architecture)
-        if possible is not None:
+        if possible is not None and mode in architecture.pairs:
             cell = Cell(architecture, mode, batch_size or architecture.pairs[mode], possible)
             found.setdefault(cell.name, cell)
     return list(found.values())
@@ -142,14 +146,16 @@ def valued(row: dict[str, Any], cell: Cell, forward_tflop: float, peak_tflops: f
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The record as Markdown."""
+    """The record as Markdown; a cell of another commit than the newest has that commit behind its name."""
+    newest = record["machine"]["commit"]
     rates = ["pairs/s", "times plain", "MFU", *(f"{one:.0%} is" for one in GOALS)]
     head = ["cell", *rates, "peak GiB", *PARTS, "no kernel"]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for name, row in sorted(record["cells"].items(), key=lambda item: item[0].rpartition("/")[0]):
+        shown = name if row["commit"] == newest else f"{name} ({row['commit'] or 'commit unknown'})"
         if "pairs_per_second" not in row:
             why = "out of memory" if "out_of_memory" in row else row["failed"].replace("|", "/")
-            lines.append(f"| {name} | {why} |{' |' * (len(head) - 2)}")
+            lines.append(f"| {shown} | {why} |{' |' * (len(head) - 2)}")
             continue
         split = row["split_seconds"]
         whole = sum(split.values())
@@ -160,9 +166,9 @@ def table(record: Mapping[str, Any]) -> str:
         plain = record["cells"].get(f"{name.rpartition('/')[0]}/{PLAIN}", {}).get("pairs_per_second")
         ratio = f"{rate / plain:.2f}" if plain else ""
         numbers = [f"{rate:.3g}", ratio, f"{row['mfu']:.1%}", *(f"{one:.3g}" for one in row["goals"])]
-        lines.append(f"| {name} | {' | '.join([*numbers, memory, *shares, gaps])} |")
+        lines.append(f"| {shown} | {' | '.join([*numbers, memory, *shares, gaps])} |")
     found = record["machine"]
-    where = f"{found['device']}, PyTorch {found['versions']['torch']}, last written at commit {found['commit']}"
+    where = f"{found['device']}, PyTorch {found['versions']['torch']}, at commit {newest} where a cell names no other"
     return "\n".join([*lines, "", f"peak {record['peak_tflops']:.4g} TFLOP/s; {where}"])
 
 
@@ -231,7 +237,7 @@ def _run(wanted: list[Cell], options: argparse.Namespace, device: torch.device, 
     side = 8192 if device.type == "cuda" else 512
     made = machine(device, options.commit)
     peak = options.peak_tflops or record.get("peak_tflops") or measure_peak(device, side=side)
-    record |= {"machine": made, "peak_tflops": peak}
+    record = {"machine": made, **record, "peak_tflops": peak}
     tflop: dict[str, float] = {}
     longest = 0.0
     failed = False
@@ -250,6 +256,7 @@ def _run(wanted: list[Cell], options: argparse.Namespace, device: torch.device, 
         failed |= "failed" in row
         longest = max(longest, row["took_seconds"])
         settings = {name: getattr(options, name) for name in ("steps", "warmup", "rounds")}
+        record["machine"] = made
         record["cells"][cell.name] = row | {"settings": settings, "commit": made["commit"]}
         write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     sys.stdout.write(f"{table(record)}\n\nrecord: {path}\n")

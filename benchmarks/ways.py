@@ -83,7 +83,7 @@ class Way:
         Activations are recomputed where a pair does not fit into memory otherwise.
         """
         if self.start == PLAIN:
-            return self if architecture.encoders else None
+            return self
         if "compile-blocks" in self.switches and not architecture.repeats_blocks:
             return None
         switches = self.fit_for(architecture.is_unet).switches

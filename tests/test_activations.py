@@ -12,11 +12,12 @@ from torch import nn
 
 from benchmarks import memory
 from benchmarks.activations import Activations, count, count_of
-from benchmarks.architectures import TINY, build
+from benchmarks.building import build
+from benchmarks.tiny_widths import TINY
 from diffalign.batches import Conditioning
 from diffalign.checkpointing import Recompute, recompute_activations
 
-SD15, SD35 = TINY["sd15-512"], TINY["sd35m-512"]
+SD15, SD35, FLUX = TINY["sd15-512"], TINY["sd35m-512"], TINY["flux-dev-512"]
 
 
 def really_kept(architecture: Any, *, lora: bool, dtype: torch.dtype, recompute: Recompute) -> Activations:
@@ -70,6 +71,13 @@ def test_predicted_bytes_are_those_of_a_real_run(
     found = really_kept(architecture, lora=lora, dtype=dtype, recompute=recompute)
     assert (predicted.kept, predicted.rounded) == (found.kept, found.rounded)
     assert (predicted.largest_block > 0) == recompute
+
+
+@pytest.mark.slow
+def test_attention_called_by_name_is_fused_too() -> None:
+    found = count(FLUX, lora=True)
+    tokens, heads = 512 + 4 * 4, 2
+    assert 0 < found.kept < 2 * 2 * heads * tokens**2  # bytes of the probabilities of one block, two samples in bf16
 
 
 def test_sums_hold_every_part_once() -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plain_widths, profiling, real_widths, steps
+from benchmarks import profiling, real_widths, steps
 from benchmarks.accounting import count_tflop, goal, measure_peak, share, units
-from benchmarks.architectures import PUBLISHED, TINY, build
+from benchmarks.building import build
 from benchmarks.machine import machine
+from benchmarks.published_widths import PUBLISHED
+from benchmarks.tiny_widths import TINY
 from benchmarks.ways import DEFAULT, Way
 
 CPU = torch.device("cpu")
-SD15, SDXL, SD35, WAN = (TINY[name] for name in ("sd15-512", "sdxl-1024", "sd35m-512", "wan21-1.3b-480p"))
+SD15, SD35, WAN = (TINY[name] for name in ("sd15-512", "sd35m-512", "wan21-1.3b-480p"))
 
 
 def measured(architecture: Any, way: str, *, lora: bool, **options: Any) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def test_goals_on_one_h200(name: str, mode: str, goals: tuple[float, float]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15-512", "sdxl-1024", "sd35m-512"])
+@pytest.mark.parametrize("name", [name for name, one in PUBLISHED.items() if one.forward_tflop])
 def test_forward_passes_cost_what_the_goals_say(name: str) -> None:
     assert count_tflop(PUBLISHED[name]) == pytest.approx(PUBLISHED[name].forward_tflop, rel=2e-3)
 
@@ -112,11 +114,13 @@ def test_ways_that_do_not_exist_are_refused(text: str, message: str) -> None:
 def test_cells_leave_out_what_an_architecture_does_not_know() -> None:
     names = [cell.name for cell in real_widths.cells(PUBLISHED.values(), DEFAULT)]
     assert len(set(names)) == len(names)
-    assert "sd15-512/full/16/plain" in names
-    assert not any("plain" in name or "channels_last" in name for name in names if name.startswith(("sd35", "wan")))
-    assert all("checkpointing" in name for name in names if name.startswith("wan"))
+    plain = {name.rpartition("/")[0] for name in names if name.endswith("/plain")}
+    assert plain == {f"{one.name}/{mode}/{one.pairs[mode]}" for one in PUBLISHED.values() for mode in one.pairs}
+    assert not any("channels_last" in name for name in names if name.startswith(("sd35", "wan", "flux")))
+    assert all(name.endswith("/plain") or "checkpointing" in name for name in names if name.startswith("wan"))
+    assert {name.split("/")[1] for name in names if name.startswith("flux")} == {"lora"}
     blocks = [name.partition("/")[0] for name in names if "compile-blocks" in name]
-    assert set(blocks) == {"sd15-512", "sdxl-1024", "wan21-1.3b-480p"}
+    assert set(blocks) == {"sd15-512", "sdxl-1024", "wan21-1.3b-480p", "flux-dev-512", "flux-dev-1024"}
     last = max(names.index(name) for name in names if name.endswith("/live"))
     assert last < min(names.index(name) for name in names if "/cached" in name)  # all models before the next way
     assert all("/3/" in cell.name for cell in real_widths.cells([SD15], DEFAULT, batch_size=3))
@@ -175,21 +179,6 @@ def test_what_is_watched_is_let_go() -> None:
     assert owner.work is plain
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [SD15, SDXL], ids=lambda a: str(a.name))
-def test_the_plain_step_encodes_everything_each_time(architecture: Any) -> None:
-    policy = build(architecture, lora=True, dtype=torch.float32, device=CPU)
-    found = plain_widths.measure(policy, architecture, batch_size=1, dtype=torch.float32, steps=1, warmup=1, rounds=1)
-    assert found["losses"][0] == pytest.approx(0.693147, abs=1e-5)
-    assert all(found["split_seconds"][part] > 0 for part in plain_widths.PARTS)
-
-
-def test_a_plain_step_needs_encoders() -> None:
-    policy = build(SD35, lora=True, dtype=torch.float32, device=CPU)
-    with pytest.raises(ValueError, match="has no encoders here"):
-        plain_widths.PlainStep(policy, SD35, 1, torch.float32)
-
-
 def test_gaps_are_what_no_kernel_covers() -> None:
     assert profiling.idle_share([(0, 4), (2, 5), (8, 10), (9, 9.5)]) == pytest.approx(0.3)
     assert profiling.idle_share([(3, 4), (0, 10)]) == 0
@@ -244,6 +233,9 @@ def test_the_script_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureF
     _, again = run(tmp_path, "--only", cell)
     assert again["cells"] == record["cells"]
     assert cell not in capsys.readouterr().err  # nothing was measured
+    main = ["--tiny", "--peak-tflops", "1", "--output", str(tmp_path), "--only", cell, "--commit", "later"]
+    assert real_widths.main(main) == 0
+    assert "at commit later" not in capsys.readouterr().out
     code, _ = run(tmp_path, "--minutes", "0", "--only", "wan*/full/*live*")
     assert "stopped after" in capsys.readouterr().err
     assert real_widths.main(["--tiny", "--table", "--output", str(tmp_path)]) == 0
@@ -283,20 +275,25 @@ def test_a_cell_that_fails_is_a_line_and_an_exit_code(tmp_path: Path, capsys: py
     assert "live+attention=flash | ValueError: attention: 'flash'" in capsys.readouterr().out
 
 
-def test_the_ratio_is_to_the_plain_step_of_the_same_batch() -> None:
+def test_the_table_compares_with_the_plain_step_and_names_other_commits() -> None:
     split = {"policy": 0.75, "rest": 0.25}
     row = {"pairs_per_second": 3.0, "mfu": 0.4, "goals": [3.0, 3.75], "peak_memory_gib": 11.5, "split_seconds": split}
+    row |= {"no_kernel": 0.07, "commit": "abc"}
     cells = {
         "sd15-512/full/16/plain": {**row, "pairs_per_second": 1.5, "no_kernel": None},
-        "sd15-512/full/16/cached": {**row, "no_kernel": 0.07},
-        "sd15-512/full/32/cached": {**row, "no_kernel": 0.07},
+        "sd15-512/full/16/cached": row,
+        "sd15-512/full/32/cached": row,
+        "sd15-512/full/64/cached": {**row, "commit": "def"},
+        "sd15-512/full/99/cached": {"out_of_memory": "", "commit": None},
     }
     made = {"device": "NVIDIA H200", "versions": {"torch": "2.11"}, "commit": "abc"}
     lines = real_widths.table({"cells": cells, "machine": made, "peak_tflops": 790}).splitlines()
     assert lines[3].startswith("| sd15-512/full/16/cached | 3 | 2.00 | 40.0% | 3 | 3.75 | 11.5 |")
     assert lines[3].endswith("| 25% | 7% |")
     assert lines[4].startswith("| sd15-512/full/32/cached | 3 |  | 40.0% |")
-    assert lines[-1] == "peak 790 TFLOP/s; NVIDIA H200, PyTorch 2.11, last written at commit abc"
+    assert lines[5].startswith("| sd15-512/full/64/cached (def) | 3 |")
+    assert lines[6].startswith("| sd15-512/full/99/cached (commit unknown) | out of memory |")
+    assert lines[-1] == "peak 790 TFLOP/s; NVIDIA H200, PyTorch 2.11, at commit abc where a cell names no other"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.architectures import SDXL_UNET
+from benchmarks.published_widths import SDXL_UNET
 from diffalign.backbones import load_policy
 from diffalign.batches import Conditioning
 from diffalign.timesteps import TURBO_TIMESTEPS

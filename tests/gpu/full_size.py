@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.architectures import SD15_UNET, SD35_MEDIUM
+from benchmarks.published_widths import FLUX_DEV, SD15_UNET, SD35_MEDIUM
 from diffalign.backbones import LoRA, inspect_model, load_policy
 from diffalign.backbones.loading import policy_class
 from tests.backbones.families import FAMILIES
@@ -92,7 +92,7 @@ CASES = [
     Case("sdxl-1024px", "sdxl", BASE_UNET, (128, 128), {"hidden": 2048, "pooled": 1280}, BOTH),
     Case("sdxl-refiner-1024px", "sdxl-refiner", REFINER_UNET, (128, 128), {"hidden": 1280, "pooled": 1280}),
     Case("sd35-medium-1024px", "sd3", SD35_MEDIUM, (128, 128), {"hidden": 4096, "pooled": 2048}),
-    Case("flux-dev-1024px", "flux-dev", {"guidance_embeds": True}, (128, 128), {"hidden": 4096, "pooled": 768}),
+    Case("flux-dev-1024px", "flux-dev", FLUX_DEV, (128, 128), {"hidden": 4096, "pooled": 768}),
     Case("flux2-klein-4b-1024px", "flux2-klein", KLEIN_4B, (64, 64), {"hidden": KLEIN_4B["joint_attention_dim"]}),
     Case(
         "qwen-image-1024px", "qwen-image", {"num_layers": 30}, (128, 128), {"hidden": 3584}, reduced="30 of 60 layers"
