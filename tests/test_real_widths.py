@@ -147,7 +147,7 @@ def test_some_switches_are_settings_of_the_loop() -> None:
     with Way.parse("cached+cudnn_benchmark").on(policy) as training:
         assert training == {"fused_optimizer": False, "cudnn_benchmark": True}
     with Way.parse("live+fused").on(policy) as training:
-        assert training == {"fused_optimizer": True, "cudnn_benchmark": False}
+        assert training == {"fused_optimizer": True, "cudnn_benchmark": False, "sync_steps": 10}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
