@@ -61,6 +61,12 @@ class OnGPU(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnGPU({self.inner})"
 
+    def to(self, *how: Any, **named: Any) -> Tensor:  # also for threads, which no mode reaches
+        return _to(Tensor.to, self, *how, **named)
+
+    def cpu(self, *_: Any, **__: Any) -> Tensor:
+        return _to(Tensor.to, self, CPU)
+
     def tolist(self) -> Any:
         note("tolist")
         return self.inner.tolist()
