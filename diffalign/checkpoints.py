@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from diffalign.resumable import write_atomically
@@ -170,6 +171,7 @@ def compare_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
     old, new = flatten(saved), flatten(json.loads(json.dumps(settings)))
+    old = {key: usual for key, usual in _usual_settings().items() if key in new} | old
     differing = [
         f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -180,6 +182,28 @@ def compare_settings(path: Path, settings: Mapping[str, Any]) -> None:
             f"{path} belongs to another configuration ({'; '.join(differing)}); "
             "use the same settings, or another output_dir"
         )
+
+
+def _usual_settings() -> dict[str, Any]:
+    """What the settings are that a checkpoint does not name: it was saved when there were none of that name."""
+    from diffalign.config import ModelConfig, RewardConfig, TrainingConfig
+    from diffalign.data import DataConfig
+    from diffalign.rollout_config import RolloutConfig
+
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "training": TrainingConfig,
+        "rollout": RolloutConfig,
+        "reward": RewardConfig,
+    }
+    usual = {
+        f"{section}.{name}": field.get_default(call_default_factory=True)
+        for section, schema in sections.items()
+        for name, field in schema.model_fields.items()
+        if not field.is_required()
+    }
+    return {key: value for key, value in usual.items() if isinstance(value, int | float | str | None)}
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

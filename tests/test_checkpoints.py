@@ -176,6 +176,15 @@ def test_settings_that_change_no_number_may_change(tmp_path: Path) -> None:
     compare_settings(path, {**SETTINGS, **free})
 
 
+def test_a_setting_that_there_was_not_yet_has_its_usual_value(tmp_path: Path) -> None:
+    """A checkpoint of an earlier version names fewer settings."""
+    path = save(CheckpointFolder(tmp_path), 1)
+    now = SETTINGS["training"] | {"allow_tf32": False, "adam_beta1": 0.9}  # type: ignore[operator]
+    compare_settings(path, {**SETTINGS, "training": now})
+    with pytest.raises(CheckpointError, match="training.allow_tf32: False in the checkpoint, True now"):
+        compare_settings(path, {**SETTINGS, "training": now | {"allow_tf32": True}})
+
+
 def test_tuples_and_numbers_survive_their_way_through_json(tmp_path: Path) -> None:
     settings = {"model": {"lora": {"target_modules": ("to_q", "to_k"), "alpha": 1e-5}}}
     path = save(CheckpointFolder(tmp_path), 1, settings)
