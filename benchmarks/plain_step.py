@@ -30,6 +30,17 @@ PARTS = ("images", "text", "reference", "policy", "backward", "optimizer")
 SIDES = ("chosen", "rejected")
 
 
+def errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every sample, [2B]."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def dpo_loss(error: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Diffusion-DPO's loss of errors [2B], chosen first; of velocities Flow-DPO's."""
+    won, lost = (error - reference).chunk(2)
+    return -F.logsigmoid(-0.5 * beta * (won - lost)).mean()
+
+
 class PlainStep(ABC):
     """Trains a policy on a folder of pairs, step after step.
 
@@ -75,11 +86,9 @@ class PlainStep(ABC):
         noisy, timesteps, target = self.noised(latents, noise, draws)
         arguments = (noisy, timesteps, conditioning)
         with self._clock("reference"), torch.no_grad():
-            reference = self._errors(self.reference.predict(*arguments), target)
+            reference = errors(self.reference.predict(*arguments), target)
         with self._clock("policy"):
-            errors = self._errors(self.policy.predict(*arguments), target)
-            won, lost = (errors - reference).chunk(2)
-            loss = -F.logsigmoid(-0.5 * self.beta * (won - lost)).mean()
+            loss = dpo_loss(errors(self.policy.predict(*arguments), target), reference, self.beta)
         with self._clock("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         with self._clock("optimizer"):
@@ -96,10 +105,6 @@ class PlainStep(ABC):
         latents: Tensor = posterior.mean + posterior.std * torch.stack(fresh)
         latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
         return latents
-
-    @staticmethod
-    def _errors(prediction: Tensor, target: Tensor) -> Tensor:
-        return (prediction - target).square().flatten(1).mean(1)
 
     @staticmethod
     def read(path: Path) -> Tensor:

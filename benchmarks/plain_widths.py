@@ -14,21 +14,17 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.architectures import Architecture
 from benchmarks.building import add_encoders
 from benchmarks.plain_families import FAMILIES
+from benchmarks.plain_step import PARTS, dpo_loss, errors
 from benchmarks.profiling import Profiler
 from benchmarks.steps import BETA, PROFILED, Timeline, split_of, summary, synchronise
 from diffalign.batches import Conditioning
 
-PARTS = ("images", "text", "reference", "policy", "backward", "optimizer")
-"""What a step consists of."""
 
-
-class PlainStep:
+class PlainWideStep:
     """Trains a policy on random pictures or videos, step after step.
 
     Args:
@@ -69,12 +65,11 @@ class PlainStep:
             embedded = Conditioning(self.family.text(self.pipeline, self.prompts)).repeat(2)
         noisy, timesteps, target = self.family.noised(self.pipeline, latents)
         with self.timeline.part("reference"), torch.no_grad(), autocast:
-            reference = _errors(self.reference.predict(noisy, timesteps, embedded), target)
+            reference = errors(self.reference.predict(noisy, timesteps, embedded).float(), target)
         with self.timeline.part("policy"):
             with autocast:
                 prediction = self.policy.predict(noisy, timesteps, embedded)
-            won, lost = (_errors(prediction, target) - reference).chunk(2)
-            loss = -F.logsigmoid(-0.5 * BETA * (won - lost)).mean()
+            loss = dpo_loss(errors(prediction.float(), target), reference, BETA)
         with self.timeline.part("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
         with self.timeline.part("optimizer"):
@@ -82,11 +77,6 @@ class PlainStep:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(float(loss.detach()))
-
-
-def _errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every sample, [2B]."""
-    return (prediction.float() - target).square().flatten(1).mean(1)
 
 
 def measure(
@@ -101,7 +91,7 @@ def measure(
     profiler: Profiler | None = None,
 ) -> dict[str, Any]:
     """Runs the plain step and reads the clock; arguments and result as `benchmarks.steps.measure`."""
-    step = PlainStep(policy, architecture, batch_size, dtype)
+    step = PlainWideStep(policy, architecture, batch_size, dtype)
     device = step.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

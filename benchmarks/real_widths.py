@@ -35,20 +35,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import plain_widths, steps
+from benchmarks import plain_step, plain_widths, steps
 from benchmarks.accounting import GOALS, count_tflop, goal, measure_peak, share, units
 from benchmarks.architectures import Architecture
 from benchmarks.building import build
 from benchmarks.machine import device_name, machine
 from benchmarks.profiling import Profiler
 from benchmarks.published_widths import PUBLISHED
+from benchmarks.records import RESULTS
 from benchmarks.tiny_widths import TINY
 from benchmarks.ways import DEFAULT, PLAIN, QUICK, Way
 from diffalign.resumable import read_object, write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MODES = ("lora", "full")
-PARTS = dict.fromkeys((*plain_widths.PARTS[:2], *steps.PARTS, "rest"))
+PARTS = dict.fromkeys((*plain_step.PARTS[:2], *steps.PARTS, "rest"))
 """Columns of the time split; encoding is of the plain step alone."""
 
 

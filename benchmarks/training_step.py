@@ -325,6 +325,11 @@ def run(
         begun = read_object(partial)
         same = all(begun.get(key) == record[key] for key in ("machine", "settings"))
         record = begun if same else record
+    asked = {
+        model: {mode: found for mode, found in begun.items() if mode in modes}
+        for model, begun in record["models"].items()
+    }
+    record["models"] = {model: found for model, found in asked.items() if model in models}
     partial.parent.mkdir(parents=True, exist_ok=True)
     for model, mode in product(models, modes):
         done = record["models"].setdefault(model, {})

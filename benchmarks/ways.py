@@ -1,4 +1,4 @@
-"""The ways to make one training step that `benchmarks.real_widths` measures, by name: "cached+compile+fused"."""
+"""The ways to make one training step that benchmarks measure, by name: "cached+compile+fused"."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import functools
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ _TITLES = {"_native_flash": "flash", "_native_cudnn": "cudnn", "_native_efficien
 _REFUSALS = (
     "No available kernel",  # PyTorch, on a GPU
     "No viable backend for scaled_dot_product_attention",  # PyTorch, on a CPU
-    "is not supported for native flash attention",  # diffusers, of masks
     "cuDNN Frontend error",
 )
 
@@ -90,15 +89,14 @@ def set_attention(denoiser: nn.Module, name: str) -> int:
         ValueError: If the package is missing, the name is unknown, or no module could be switched.
     """
     modules = [module for module in denoiser.modules() if hasattr(module, "processor")]
-    if name == "native":
-        if not modules:
-            raise ValueError(f"found no attention module in {type(denoiser).__name__}")
-        return len(modules)
+    if name == "native" and not modules:
+        raise ValueError(f"found no attention module in {type(denoiser).__name__}")
     check_attention(name)
+    _release(denoiser, modules)
+    if name == "native":
+        return len(modules)
     try:
-        reached = _dispatched(denoiser, modules, name)
-        if name in KERNELS:
-            reached = _hold(modules, name)
+        reached = _hold(modules, name) if name in KERNELS else _dispatched(denoiser, modules, name)
         if reached:
             return reached
         if name == "xformers":
@@ -108,6 +106,15 @@ def set_attention(denoiser: nn.Module, name: str) -> int:
     except (ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"attention: {name!r} cannot be used here: {error}") from error
     return _none(denoiser, name)
+
+
+def _release(denoiser: nn.Module, modules: Iterable[Any]) -> None:
+    """Puts back what was chosen before."""
+    for processor in (module.processor for module in modules):
+        processor.__class__ = getattr(processor, "stock", type(processor))
+    reset = getattr(denoiser, "reset_attention_backend", None)
+    if reset is not None:
+        reset()
 
 
 def _dispatched(denoiser: nn.Module, modules: Iterable[Any], name: str) -> int:
@@ -126,12 +133,26 @@ def _hold(modules: Iterable[Any], name: str) -> int:
     """Holds modules to a kernel; returns how many call PyTorch's function, themselves or through diffusers."""
     reached = 0
     for processor in (module.processor for module in modules):
-        stock: Any = getattr(processor, "stock", type(processor))
+        stock: Any = type(processor)
         called = inspect.unwrap(stock.__call__).__code__.co_names
         if not {"scaled_dot_product_attention", "dispatch_attention_fn"}.isdisjoint(called):
             processor.__class__ = _held(stock, name)
             reached += 1
     return reached
+
+
+_released = False
+
+
+@contextmanager
+def any_kernel() -> Iterator[None]:
+    """PyTorch chooses the kernels in the block, whatever networks are held to: they may compute in float32 there."""
+    global _released
+    before, _released = _released, True
+    try:
+        yield
+    finally:
+        _released = before
 
 
 @functools.cache
@@ -141,6 +162,8 @@ def _held(kind: type, name: str) -> type:
 
     @functools.wraps(call)  # modules pass on those arguments that its signature names
     def held(self: Any, attention: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if _released:
+            return call(self, attention, hidden_states, *args, **kwargs)
         if torch.compiler.is_compiling():  # handling errors would break the graph
             with sdpa_kernel(KERNELS[name]):
                 return call(self, attention, hidden_states, *args, **kwargs)
@@ -168,7 +191,9 @@ def _run(name: str, attend: Callable[[], Any], numbers: torch.Tensor) -> Any:
         reason = _reason(name, [str(warning.message) for warning in caught])
         if not reason and "No " not in str(error):
             reason = str(error).splitlines()[0]
-        raise ValueError(_message(name, f"{numbers.dtype} on {numbers.device.type}", reason)) from error
+        kind = numbers.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else numbers.dtype
+        raise ValueError(_message(name, f"{dtype} on {kind}", reason)) from error
 
 
 def _is_refusal(error: Exception) -> bool:

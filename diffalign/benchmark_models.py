@@ -113,13 +113,11 @@ def draw_side(
     section = ModelConfig(pretrained_model_name_or_path=asked.model, num_frames=asked.num_frames)
     policy: Any = load_model(section, source, adapter=asked.adapter, size=asked.size, sampling=asked.sampling)
     sampling = asked.sampling.resolved(policy)
-    scheduler = json.loads(policy.pipeline.scheduler.to_json_string())
-    scheduler.pop("_diffusers_version", None)
     dtype = str(next(policy.denoiser.parameters()).dtype).removeprefix("torch.")
-    made_with = {"scheduler": scheduler, "dtype": dtype, "size": list(policy.size)}
+    made_with = {"dtype": dtype, "size": list(policy.size)}
     cache = open_cache(output / PICTURES, policy, sampling, made_with, processes)
     model = {"path": asked.model, "adapter": asked.adapter, "pictures": cache.key}
-    model |= {"scheduler": scheduler["_class_name"], "dtype": dtype}
+    model |= {"scheduler": type(policy.pipeline.scheduler).__name__, "dtype": dtype}
     said: dict[str, Any] = {
         "guidance_scale": sampling.guidance_scale,
         "num_inference_steps": sampling.num_inference_steps,

@@ -185,7 +185,7 @@ def compare_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _usual_settings() -> dict[str, Any]:
-    """What the settings are that a checkpoint does not name: it was saved when there were none of that name."""
+    """What settings of the sections are that a checkpoint does not name: it was saved before there were any such."""
     from diffalign.config import ModelConfig, RewardConfig, TrainingConfig
     from diffalign.data import DataConfig
     from diffalign.rollout_config import RolloutConfig
@@ -198,12 +198,12 @@ def _usual_settings() -> dict[str, Any]:
         "reward": RewardConfig,
     }
     usual = {
-        f"{section}.{name}": field.get_default(call_default_factory=True)
+        f"{section}.{name}": json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
         for section, schema in sections.items()
         for name, field in schema.model_fields.items()
         if not field.is_required()
     }
-    return {key: value for key, value in usual.items() if isinstance(value, int | float | str | None)}
+    return {key: part for name, value in usual.items() for key, part in flatten(value, name).items()}
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

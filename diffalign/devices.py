@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["pick_device", "pinned", "resolve_device", "send", "send_like"]
+__all__ = ["pick_device", "pinned", "resolve_device", "rounding", "send", "send_like"]
 
 
 def pick_device() -> str:
@@ -21,6 +21,16 @@ def pick_device() -> str:
 def resolve_device(device: str | torch.device) -> torch.device:
     """A device, or for "auto" that of `pick_device`."""
     return torch.device(pick_device() if device == "auto" else device)
+
+
+def rounding(autocast: torch.dtype | None) -> dict[str, str]:
+    """What is rounded now beside the weights, as JSON values: entries for caches of what a network says.
+
+    Args:
+        autocast: Dtype of a policy's products; None for that of its weights.
+    """
+    found = {} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}
+    return found | ({"float32": "tf32"} if torch.get_float32_matmul_precision() != "highest" else {})
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

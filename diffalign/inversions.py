@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.batches import Conditioning, PairBatch
+from diffalign.devices import rounding
 from diffalign.policy import Policy
 from diffalign.processes import Processes, launched
 from diffalign.randomness import Draw
@@ -138,8 +139,7 @@ class Inversions:
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
         self._folder, self._settings["batch_size"] = folder, batch_size
-        if self.policy.autocast is not None:  # which the loop decides, after this object was made
-            self._settings["autocast"] = str(self.policy.autocast).removeprefix("torch.")
+        self._settings |= rounding(self.policy.autocast)  # which the loop decides, after this object was made
         share = processes.share(processes.on_first(self._missing))
         total = sum(len(self._rows_in(number)) for number in share)
         hidden = not processes.is_first or not total

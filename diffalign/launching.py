@@ -52,15 +52,13 @@ class Terminated:
 @contextmanager
 def kernel_settings(config: TrainingConfig) -> Iterator[None]:
     """What a run wants of the kernels of the whole process; all is as it was when the block ends."""
-    switches = (
-        (config.allow_tf32, torch.backends.cuda.matmul, "allow_tf32"),
-        (config.cudnn_benchmark, torch.backends.cudnn, "benchmark"),
-    )
     with ExitStack() as undo:
-        for wanted, backend, name in switches:
-            if wanted:
-                undo.callback(setattr, backend, name, getattr(backend, name))
-                setattr(backend, name, True)
+        if config.allow_tf32:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")
+        if config.cudnn_benchmark:
+            undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            torch.backends.cudnn.benchmark = True
         yield
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from diffalign.batches import PairBatch
 from diffalign.data.disk import locked
+from diffalign.devices import rounding
 from diffalign.helper_threads import helper_threads
 from diffalign.policy import Policy
 from diffalign.processes import Processes, launched
@@ -78,7 +79,7 @@ class ReferenceErrors:
         assert source.draws_per_pair is not None  # as the trainer's settings say
         self.source, self.policy = source, policy
         self.count, self.draws = len(source.encoded), source.draws_per_pair
-        self.settings: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
             "reference": policy.reference_fingerprint(),
             "data": source.encoded.fingerprint,
             "pairs": source.encoded.ids_digest(),
@@ -87,9 +88,20 @@ class ReferenceErrors:
             "caption_dropout": source.caption_dropout,
             **law,
         }
-        key = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-        self.folder = root / key
+        self._root = root
+        self._filled: dict[str, Any] | None = None
         self._table: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the errors depend on, as JSON values; how products are rounded the loop decides, before `fill`."""
+        return self._filled or self._settings | rounding(self.policy.autocast)
+
+    @property
+    def folder(self) -> Path:
+        """Where they are, or would be filled now."""
+        key = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return self._root / key
 
     @torch.no_grad()
     def fill(self, step: int, measure: Measure, batch_size: int, processes: Processes | None = None) -> None:
@@ -107,6 +119,7 @@ class ReferenceErrors:
         refuse_sharded(self.policy.denoiser, "trainer.reference: each process computes the cached errors", "live")
         processes = processes if processes is not None else launched()
         spent = self.policy.forwards
+        self._filled = self.settings
         with ExitStack() as held:
             if processes.is_first:  # another run may share these errors
                 held.enter_context(locked(self.folder))

@@ -25,10 +25,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 aten = torch.ops.aten
 ASKS = {
     *(aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default),
-    *(aten.masked_select.default, aten.bincount.default, aten._unique2.default),
+    *(aten.masked_select.default, aten.bincount.default, aten._unique2.default, aten.unique_dim.default),
+    *(aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor),
 }
 """Operators whose result the CPU must know."""
 COPIES = {aten._to_copy.default, aten.copy_.default}
+STRICT = {*COPIES, aten.cat.default, aten.stack.default}
+"""Operators that take no single number of the CPU among the GPU's tensors, as others do."""
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 WHOLE = ("pad_sequence",)
 """Functions that make tensors in C++, where nobody asks what is pretended; they compute on the CPU as a whole."""
@@ -85,7 +88,7 @@ class OnGPU(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        others = [one for one in tensors if not isinstance(one, OnGPU) and one.ndim > 0]
+        others = [one for one in tensors if not isinstance(one, OnGPU) and (one.ndim > 0 or func in STRICT)]
         if func in INDEXING:
             if others or any(one.dtype in (torch.bool, torch.uint8) for one in tree_leaves(args[1]) if one is not None):
                 note("index")

@@ -195,6 +195,12 @@ def test_the_same_weights_under_another_path_go_on(policy: Any, finished: Path, 
     (folder / REQUESTS[-1].file).unlink()
     generate(policy, REQUESTS, folder, SAMPLING, settings={"model": "moved/here", "adapter": "run1"})
     assert contents(folder) == contents(finished)
+    policy.pipeline.scheduler.register_to_config(timestep_spacing="other")
+    try:
+        with pytest.raises(ValueError, match="pipeline .*other settings|other settings .*pipeline"):
+            generate(policy, REQUESTS, folder, SAMPLING, settings={"model": "moved/here", "adapter": "run1"})
+    finally:
+        policy.pipeline.scheduler.register_to_config(timestep_spacing="leading")
     claim_folder(tmp_path / "deep", {"negative": {"model": "a", "weights": "1"}}, (), ("model",))
     claim_folder(tmp_path / "deep", {"negative": {"model": "b", "weights": "1"}}, (), ("model",))
     with pytest.raises(ValueError, match='negative .*"weights": "1".* -> .*"weights": "2"'):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import plain_widths
+from benchmarks import plain_step, plain_widths
 from benchmarks.building import add_encoders, build
 from benchmarks.plain_families import FAMILIES
 from benchmarks.published_widths import PUBLISHED
@@ -31,13 +31,13 @@ PARAMETERS = {
 
 
 @pytest.fixture(scope="module", params=TINY.values(), ids=lambda a: str(a.name))
-def step(request: pytest.FixtureRequest) -> plain_widths.PlainStep:
+def step(request: pytest.FixtureRequest) -> plain_widths.PlainWideStep:
     policy = build(request.param, lora=True, dtype=torch.float32, device=CPU)
-    return plain_widths.PlainStep(policy, request.param, 1, torch.float32)
+    return plain_widths.PlainWideStep(policy, request.param, 1, torch.float32)
 
 
 @torch.no_grad()
-def test_prompts_are_encoded_as_the_pipeline_does_it(step: plain_widths.PlainStep) -> None:
+def test_prompts_are_encoded_as_the_pipeline_does_it(step: plain_widths.PlainWideStep) -> None:
     found = step.family.text(step.pipeline, PROMPTS)
     expected = step.policy.encode_prompts(PROMPTS).tensors  # by the pipeline's own `encode_prompt`
     assert set(found) == set(expected)
@@ -47,7 +47,7 @@ def test_prompts_are_encoded_as_the_pipeline_does_it(step: plain_widths.PlainSte
 
 
 @torch.no_grad()
-def test_pictures_become_the_latents_of_a_cache(step: plain_widths.PlainStep) -> None:
+def test_pictures_become_the_latents_of_a_cache(step: plain_widths.PlainWideStep) -> None:
     pixels = step.pictures.float()
     torch.manual_seed(3)
     found = step.family.latents(step.pipeline, pixels / 127.5 - 1)
@@ -59,7 +59,7 @@ def test_pictures_become_the_latents_of_a_cache(step: plain_widths.PlainStep) ->
     torch.testing.assert_close(found, moments.mean + moments.std * drawn, atol=1e-5, rtol=1e-4)
 
 
-def test_both_halves_are_noised_alike(step: plain_widths.PlainStep) -> None:
+def test_both_halves_are_noised_alike(step: plain_widths.PlainWideStep) -> None:
     latents = torch.randn(6, *step.policy.latent_shape, generator=torch.Generator().manual_seed(0))
     noisy, timesteps, target = step.family.noised(step.pipeline, latents)
     is_flow = step.policy.prediction.value == "velocity"
@@ -92,7 +92,7 @@ def test_the_plain_step_encodes_everything_each_time(architecture: Any) -> None:
     policy = build(architecture, lora=True, dtype=torch.float32, device=CPU)
     found = plain_widths.measure(policy, architecture, batch_size=1, dtype=torch.float32, steps=1, warmup=1, rounds=1)
     assert found["losses"][0] == pytest.approx(math.log(2), abs=1e-5)
-    assert all(found["split_seconds"][part] > 0 for part in plain_widths.PARTS)
+    assert all(found["split_seconds"][part] > 0 for part in plain_step.PARTS)
     assert policy.denoiser.is_gradient_checkpointing == architecture.checkpointed
 
 

@@ -18,12 +18,13 @@ from tests.pretended_gpu import GPU, PretendedGPU
     [
         lambda number: number + torch.ones(3),
         lambda number: torch.stack([number, torch.ones(3)]),
+        lambda number: torch.stack([number.sum(), torch.tensor(1.0)]),
         lambda number: number.numpy(),
         lambda number: number.pin_memory(),
         lambda number: torch.randn(3, generator=torch.Generator(), device=GPU),
         lambda number: torch.nn.Linear(3, 1)(number),
     ],
-    ids=["sum", "stack", "numpy", "pin", "generator", "network"],
+    ids=["sum", "stack", "stacked numbers", "numpy", "pin", "generator", "network"],
 )
 def test_what_a_gpu_refuses_is_refused(mistake: Callable[[Tensor], Any]) -> None:
     with PretendedGPU().on():
@@ -47,6 +48,9 @@ def test_what_a_gpu_refuses_is_refused(mistake: Callable[[Tensor], Any]) -> None
         lambda number: torch.ones(3).pin_memory().to(GPU),
         lambda number: torch.tensor([1.0], device=GPU),
         lambda number: torch.zeros(1).copy_(number),
+        lambda number: number.copy_(torch.tensor(2.0)),
+        lambda number: number.repeat_interleave(number.long()),
+        lambda number: number.unique_consecutive(),
         lambda number: number[torch.tensor([0])],
     ],
 )

@@ -96,6 +96,8 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     assert asked == [("diffalign://shapes_flow", False), ("diffalign://shapes_flow", True)]
     assert first == [("diffalign://shapes", False), ("diffalign://shapes", True)]
     assert [list(modes) for modes in record["models"].values()] == [list(training_step.MODES)] * 2
+    only = training_step.run(["flow"], arguments[1][:1], ["live"], settings, tmp_path / "partial.json")
+    assert {model: list(modes) for model, modes in only["models"].items()} == {"flow": ["all weights"]}
     other = training_step.Settings(2, 0, 4, None, True)
     asked[:] = []
     with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ Everything runs in eval mode, so that no dropout tells policy and reference apar
 
 from __future__ import annotations
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from diffalign.attention import set_attention
+from diffalign.attention import any_kernel, set_attention
 from diffalign.backbones.deep_cache import DeepCache
 from diffalign.backbones.encoders import Encoders
 from diffalign.backbones.loading import LORA_FILE, UNUSED_PARTS, LoRA, ModelSource, load_tokenizers
@@ -333,6 +334,8 @@ class PipelinePolicy(Encoders, NegativeBranch):
         """See `Policy.sampling_settings`: what the pipeline is called with, but for the guidance scale itself."""
         arguments = self._sampling_arguments(guidance_scale)
         settings = {name: value for name, value in arguments.items() if name != "guidance_scale"}
+        settings["scheduler"] = json.loads(self.pipeline.scheduler.to_json_string())
+        settings["scheduler"].pop("_diffusers_version", None)
         if self.reward_guidance is not None:
             settings["reward_guidance"] = self.reward_guidance.settings()
         if self.deep_cache is not None:
@@ -372,7 +375,8 @@ class PipelinePolicy(Encoders, NegativeBranch):
         self.reload_encoders()
         rows = len(prompts) if negative else None
         guide = nullcontext() if self.reward_guidance is None else self.reward_guidance.during(self, prompts)
-        with self._drawing_weights(reference, rows), torch.autocast(self.device.type, enabled=False), guide:
+        plain = torch.autocast(self.device.type, enabled=False)
+        with self._drawing_weights(reference, rows), plain, any_kernel(), guide:
             output = self.pipeline(
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
                 num_inference_steps=num_inference_steps,

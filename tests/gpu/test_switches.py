@@ -14,8 +14,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.architectures import TINY, build
+from benchmarks.architectures import Part
+from benchmarks.building import build
 from benchmarks.steps import RandomPairs
+from benchmarks.tiny_widths import TINY
 from benchmarks.ways import Way
 from diffalign.config import TrainingConfig
 from diffalign.loop import fit
@@ -27,7 +29,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 _SD15 = TINY["sd15-512"]
 NETWORKS = {
-    "unet": replace(_SD15, config={**_SD15.config, "block_out_channels": (16, 32)}),  # heads of 8 and 16
+    "unet": replace(  # heads of 8 and 16
+        _SD15, denoiser=Part(_SD15.denoiser.kind, {**_SD15.denoiser.config, "block_out_channels": (16, 32)})
+    ),
     "flow": TINY["sd35m-512"],
 }
 STEPS = 4

@@ -185,6 +185,24 @@ def test_runs_share_what_does_not_depend_on_them(policy: Any, encoded: EncodedPa
     assert len(found) == 7
 
 
+def test_errors_that_were_rounded_lie_apart(policy: Any, encoded: EncodedPairs, tmp_path: Path) -> None:
+    errors = ReferenceErrors(source_of(encoded), policy, {}, tmp_path)
+    exact, before = errors.folder, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = errors.folder
+    finally:
+        torch.set_float32_matmul_precision(before)
+    policy.autocast = torch.bfloat16
+    try:
+        assert errors.settings["autocast"] == "bfloat16"
+        half = errors.folder
+    finally:
+        policy.autocast = None
+    assert len({exact, rounded, half}) == 3
+    assert errors.folder == exact
+
+
 @pytest.mark.slow
 def test_the_reference_of_all_weights_is_named_by_the_frozen_copy(tiny_pipeline: Path) -> None:
     full: Any = load_policy(str(tiny_pipeline), train=True)
