@@ -127,9 +127,9 @@ def test_sampling_is_the_pipelines_and_follows_seed_and_prompt(tiny: Tiny) -> No
         tiny.sample(tiny.base, PROMPTS, [0, 1], guidance_scale=guidance, num_inference_steps=STEPS), drawn
     )
     alone = tiny.sample(tiny.base, PROMPTS[1:], [1], guidance_scale=guidance, num_inference_steps=STEPS)
-    torch.testing.assert_close(alone[0], drawn[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone[0], drawn[1], rtol=0, atol=3e-4)  # sums in another order
     other = tiny.sample(tiny.base, PROMPTS[1:], [2], guidance_scale=guidance, num_inference_steps=STEPS)
-    assert not torch.allclose(other[0], drawn[1], atol=1e-4)
+    assert not torch.allclose(other[0], drawn[1], atol=1e-2)
 
 
 def test_a_negative_model_is_the_unconditional_branch(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:

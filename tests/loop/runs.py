@@ -236,7 +236,6 @@ def child(run: dict[str, Any], how: dict[str, Any], place: dict[str, str]) -> No
 def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
     """One attempt of one or several processes; the status that `waitpid` gives for the first."""
     lines = Path(run["training"]["output_dir"]) / "metrics.jsonl"
-    before = lines.stat().st_size if lines.exists() else 0
     count = how.get("processes", 1)
     children = []
     for place in launcher_environment(count):
@@ -244,13 +243,9 @@ def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
         if pid == 0:
             child(run, how, place)
         children.append(pid)
-    if "seconds" in how:  # at a random moment, counted from the first sign of life
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and (not lines.exists() or lines.stat().st_size == before):
-            time.sleep(0.002)
-        time.sleep(how["seconds"])
-        os.kill(children[0], signal.SIGKILL)
-    status = os.waitpid(children[0], 0)[1]
+    status = killed_behind(lines, how["lines"], how["seconds"], children[0]) if "lines" in how else None
+    if status is None:
+        status = os.waitpid(children[0], 0)[1]
     for pid in children[1:]:
         if status:  # as the launcher does when one process is gone
             os.kill(pid, signal.SIGKILL)
@@ -258,10 +253,22 @@ def attempt(run: dict[str, Any], how: dict[str, Any]) -> int:
     return status
 
 
+def killed_behind(lines: Path, count: int, seconds: float, pid: int) -> int | None:
+    """Kills a process so long after its metrics have so many lines; its status if it was done before."""
+    while not lines.exists() or lines.read_bytes().count(b"\n") < count:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return None
+
+
 def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, Any]]], seed: int) -> None:
     """Trains in `root/<name>` for every named chain, and writes what became of the attempts to `root/statuses.json`.
 
-    An attempt `{"seconds": x}` is killed after a random time below x.
+    An attempt `{"lines": n}` is killed at a random moment: a few milliseconds after one of its first n lines.
     """
     generator = random.Random(seed)
     LOADED[run["model"], 2, False] = load(run["model"], 2, False)
@@ -270,6 +277,8 @@ def chains(run: dict[str, Any], root: str, attempts: dict[str, list[dict[str, An
         here = {**run, "training": {**CHAIN, "output_dir": str(Path(root) / name)}}
         statuses[name] = []
         for how in chain:
-            drawn = {"seconds": generator.uniform(0, how["seconds"])} if "seconds" in how else {}
+            drawn: dict[str, Any] = {}
+            if "lines" in how:
+                drawn = {"lines": generator.randint(1, how["lines"]), "seconds": generator.uniform(0, 0.02)}
             statuses[name].append(attempt(here, {**how, **drawn}))
     (Path(root) / "statuses.json").write_text(json.dumps(statuses))

@@ -37,7 +37,7 @@ def test_killed_at_any_moment_and_resumed_a_run_is_the_uninterrupted_one(
     attempts: dict[str, list[dict[str, Any]]] = {
         "whole": [{}],
         "points": [*points, {}, {}],
-        "random": [{"seconds": 0.8}] * 3 + [{}],
+        "random": [{"lines": 4}, {"lines": 8}, {"lines": 12}, {}],
         "whole of two": [two],
         "killed of two": [
             {**two, "point": "writing the state", "count": 2},
