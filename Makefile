@@ -26,7 +26,7 @@ help:
 	@echo "make bench-startup  seconds to --help, to a mistake in a configuration, to the first step"
 	@echo "make bench-scoring  pictures per second of a CLIP scorer, batched and one by one, and of the journal"
 	@echo "make test       all tests that need neither network nor accelerator"
-	@echo "make test-fast  the quick ones (under two minutes on two cores)"
+	@echo "make test-fast  the quick ones (a minute on two cores)"
 	@echo "make test-all   everything, the tests that need the Hub or an accelerator included"
 	@echo "make check      ruff, formatting and mypy"
 	@echo "make format     let ruff mend what it can"

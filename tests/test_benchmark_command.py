@@ -132,6 +132,7 @@ def test_what_is_done_is_not_done_again(
 
 
 @pytest.mark.parametrize(("lost", "lines", "torn"), [(5, 0, 0), (0, 0, 9), (2, 4, 20)])
+@pytest.mark.slow
 def test_every_state_a_kill_can_leave_is_completed(
     copied: Path, finished: Path, tiny_pipeline: Path, lost: int, lines: int, torn: int
 ) -> None:
@@ -166,6 +167,7 @@ def test_benchmarks_share_pictures_and_show_what_others_published(
     assert [row.image for row in rows["shapes"]] == [row.image for row in rows["echo"]]
 
 
+@pytest.mark.slow
 def test_stages_one_by_one(
     tiny_pipeline: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_stages_one_by_one(
         evaluate(tiny_pipeline, tmp_path, stage="score")
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_never_final(copied: Path, tiny_pipeline: Path) -> None:
     side = side_of(copied)
     files = [side / row.image for row in read_rows(side / "rows.jsonl") if row.image]

@@ -90,6 +90,7 @@ def test_the_table_has_what_papers_report(compared: tuple[list[Any], str, Path])
     assert "under shapes, which was held out" in text
 
 
+@pytest.mark.slow
 def test_another_mark_changes_no_row_and_the_page_shows_it(compared: tuple[list[Any], str, Path]) -> None:
     words, _, folder = compared
     before = (folder / "aligned.jsonl").read_bytes()

@@ -210,6 +210,7 @@ def test_a_missing_file_names_the_packaged_ones(tmp_path: Path) -> None:
             load_config(path)
 
 
+@pytest.mark.slow
 def test_what_is_written_down_reads_back_the_same(write: Any) -> None:
     for name in PACKAGED:
         config = load_config(name)

@@ -165,6 +165,7 @@ def reference(state, folder, numpy_clip) -> Reference:
     return Reference(clip, CLIPTokenizer.from_pretrained(folder))
 
 
+@pytest.mark.slow
 def test_scores_equal_the_description(load, reference, numpy_crop, photos):
     output = load(mask_threshold=0.8).score(photos, PROMPTS)  # at 0.3 all words of random weights are visible
     assert tuple(output.dims) == ("aesthetics", "detail_quality", "semantic_alignment", "overall")

@@ -311,6 +311,7 @@ def test_others_are_let_in_with_a_token_only():
     assert "'NO_SUCH_VARIABLE' is not set" in result.output
 
 
+@pytest.mark.slow
 def test_scores_of_a_folder_through_a_server(port, shapes_folder, photos, tmp_path):
     (tmp_path / "media").mkdir()
     for i, picture in enumerate(photos):

@@ -105,6 +105,7 @@ def test_folder_with_several_models(folder, shapes_folder, clip_folder, tmp_path
         ["INPUT", "--output", "OUT", "--no-histograms", "--reward=shapes=WEIGHTS"],
     ],
 )
+@pytest.mark.slow
 def test_names_and_input_in_any_order(arguments, folder, shapes_folder, tmp_path):
     places = {"WEIGHTS": str(shapes_folder), "INPUT": str(folder), "OUT": str(tmp_path / "o.jsonl")}
     for name, place in places.items():

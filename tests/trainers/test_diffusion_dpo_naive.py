@@ -82,6 +82,7 @@ def naive_weights(policy: Any, unet: UNet2DConditionModel) -> tuple[dict[str, Te
     [pytest.param(LoRA(rank=2, alpha=3.0), marks=pytest.mark.slow, id="lora"), pytest.param(None, id="full")],
 )
 @pytest.mark.parametrize("kind", ["epsilon", pytest.param("v", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_margin_loss_and_gradients_equal_a_naive_computation_in_double_precision(
     kind: str, lora: LoRA | None, tiny_pipeline: Path, tiny_v_pipeline: Path, batches: Batches, policies: Any
 ) -> None:
