@@ -168,7 +168,7 @@ def measure(model: Model, folder: Path, names: Sequence[str], settings: Settings
     ways = ways_for(model, names)
     jobs: dict[str, Job] = {PLAIN: (run_plain, (scene,))}
     jobs |= {name: (run_way, (scene, way)) for name, way in ways.items()}
-    found = _alone(jobs) if settings.quick else take_turns(jobs, scene.steps - 1)
+    found = _alone(jobs) if settings.quick else take_turns(jobs, scene.steps - 1, f"{len(jobs)} ways in turn")
     tflop, peak = _forward_tflop(scene.policy()), measure_peak(torch.device("cpu"), side=1024)
     rows = {}
     for name, (times, result) in found.items():

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 __all__ = ["Job", "Stopwatch", "Turn", "take_turns"]
 
 
@@ -65,10 +67,10 @@ def _child(connection: Any, function: Callable[..., Any], arguments: tuple[Any, 
     connection.send(("result", result))
 
 
-def take_turns(jobs: Mapping[str, Job], rounds: int) -> dict[str, tuple[list[float], Any]]:
+def take_turns(jobs: Mapping[str, Job], rounds: int, title: str = "rounds") -> dict[str, tuple[list[float], Any]]:
     """Name -> seconds of each of `rounds` steps, and what the function returned.
 
-    Every function must call `next` once more than there are rounds; what it does after the last call is not timed.
+    A bar with this title shows how far it is. Every function must call `next` once more than there are rounds; what it does after the last call is not timed.
 
     Raises:
         RuntimeError: If a function fails; the message says which one and how.
@@ -84,7 +86,7 @@ def take_turns(jobs: Mapping[str, Job], rounds: int) -> dict[str, tuple[list[flo
             theirs.close()
             _receive(connections[name], name, "ready")  # one after another, also while they load
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
-        for _ in range(rounds):
+        for _ in tqdm(range(rounds), desc=title, unit="round"):
             for name, connection in connections.items():
                 started = time.perf_counter()
                 connection.send("go")

@@ -9,22 +9,13 @@ import diffusers
 import pytest
 import torch
 
+from benchmarks.published_widths import FLUX_DEV
 from diffalign.backbones import LoRA, load_policy
 from tests.backbones.families.base import PROMPTS
 from tests.backbones.families.flux import FAMILIES, unpack
 
 SIZE = (16, 24)
-DEV = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
+DEV = {**FLUX_DEV, "axes_dims_rope": (16, 56, 56)}
 
 
 @pytest.fixture(scope="module")

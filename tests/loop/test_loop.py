@@ -331,3 +331,12 @@ def test_validation_looks_at_the_same_triples_every_time(start: Any, encoded: En
     assert {k: v for k, v in logged[-1].items() if k != "step"} == last == validate(2)
     assert last["ref_mse"] == first["ref_mse"]
     assert last["loss"] != first["loss"]
+
+
+@pytest.mark.slow
+def test_the_policy_knows_what_its_products_are_rounded_to(start: Any) -> None:
+    """Caches of what the reference says have it in their names."""
+    trainer, source, config = start(max_train_steps=1, mixed_precision="bf16")
+    assert trainer.policy.autocast is None
+    fit(trainer, source, config)
+    assert trainer.policy.autocast == torch.bfloat16
