@@ -70,7 +70,8 @@ def _child(connection: Any, function: Callable[..., Any], arguments: tuple[Any, 
 def take_turns(jobs: Mapping[str, Job], rounds: int, title: str = "rounds") -> dict[str, tuple[list[float], Any]]:
     """Name -> seconds of each of `rounds` steps, and what the function returned.
 
-    A bar with this title shows how far it is. Every function must call `next` once more than there are rounds; what it does after the last call is not timed.
+    A bar with the title shows how far it is. Every function must call `next` once more than there are rounds; what it
+    does after the last call is not timed.
 
     Raises:
         RuntimeError: If a function fails; the message says which one and how.
